@@ -1,0 +1,140 @@
+"""State that is computed from weights: declared, recomputed, or refused, never left stale.
+
+A module may keep more than its parameters: rotary tables, cached transposes, fused or packed weights. Such state is not
+in the file, so after a swap it must come from somewhere. Rules this module keeps:
+
+- A method marked with `refresh` recomputes what it names; it runs in the spare, after the weights are in and before
+  warm-up, under `torch.no_grad`, once per module, children before parents.
+- What nobody declares is carried over only where it cannot depend on weights: in a module that holds no weights of its own
+  (a rotary embedding), or where it is an index or a mask (bool, int16, int32, int64). Everything else is refused by name
+  (`StaleStateError`): a cache that is right only for the old weights gives wrong answers without any error.
+- `constants` are patterns (`fnmatch`) of full names that the user vouches for.
+
+[Note: derived state]
+A view of a weight (`self.wt = self.weight.t()`) needs none of this: it is a view of the same weight in the spare, too
+(see `weights/layout.py`).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from hotglm.errors import DefinitionError, Problem, RefreshError, shorten_repr
+
+__all__ = ["find_refreshers", "may_carry_over", "refresh", "run_refreshers"]
+
+_MARK = "__hotglm_refresh__"
+_INDEX_DTYPES = frozenset({torch.bool, torch.int16, torch.int32, torch.int64})
+
+Method = TypeVar("Method", bound=Callable[..., None])
+
+
+def refresh(*names: str) -> Callable[[Method], Method]:
+    """Mark a method of a module as the one that recomputes the attributes or buffers `names` from its weights.
+
+    The method takes no arguments besides `self`. It runs in the spare of every stage, under `torch.no_grad`; what it
+    raises fails the stage (`RefreshError`) and changes nothing. It must write only what it names, and should write
+    buffers in place (`self.table.copy_(...)`), so that they stay in the arena.
+
+    Args:
+        names: attributes or buffers of that module, at least one.
+
+    Raises:
+        DefinitionError: no name, or something that is not a name.
+
+    Example:
+        >>> class Scaled(nn.Linear):
+        ...     def __init__(self):
+        ...         super().__init__(2, 2)
+        ...         self.norm = self.weight.detach().norm()
+        ...
+        ...     @refresh("norm")
+        ...     def _refresh_norm(self):
+        ...         self.norm = self.weight.detach().norm()
+    """
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise DefinitionError(
+            f"Expected names of attributes in refresh(...), got {shorten_repr(names)}.",
+            remedy='name what the method recomputes: @hotglm.refresh("wt_cache").',
+        )
+
+    def mark(method: Method) -> Method:
+        setattr(method, _MARK, names)
+        return method
+
+    return mark
+
+
+def find_refreshers(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the name of each refresh method of `module` itself and what it recomputes, base classes first."""
+    seen: set[str] = set()
+    for cls in reversed(type(module).__mro__):
+        for name in vars(cls):
+            names = getattr(getattr(type(module), name, None), _MARK, None)
+            if names and name not in seen:
+                seen.add(name)
+                yield name, names
+
+
+def find_refreshed_names(module: nn.Module) -> frozenset[str]:
+    """Return the attributes of `module` itself that some refresh method recomputes."""
+    return frozenset(name for _, names in find_refreshers(module) for name in names)
+
+
+def run_refreshers(root: nn.Module) -> tuple[str, ...]:
+    """Run every refresh method below `root`, children before parents, under `no_grad`; return their full names.
+
+    Raises:
+        RefreshError: one or more raised; all are run, all failures are listed.
+    """
+    ran: list[str] = []
+    problems: list[Problem] = []
+    cause: Exception | None = None
+    for path, module in reversed(list(root.named_modules())):
+        for method, _ in find_refreshers(module):
+            full = f"{path}.{method}" if path else method
+            ran.append(full)
+            try:
+                with torch.no_grad():
+                    getattr(module, method)()
+            except Exception as failure:
+                cause = cause or failure
+                problems.append(
+                    Problem(code="REFRESH_FAILED", message=f"{full}() raised {type(failure).__name__}: {failure}")
+                )
+    if problems:
+        raise RefreshError(
+            "Expected derived state to be recomputed, got errors.",
+            problems=problems,
+            remedy="make the refresh method work from the module's own weights alone.",
+        ) from cause
+    return tuple(ran)
+
+
+def may_carry_over(name: str, tensor: torch.Tensor, *, owner: nn.Module, constants: Sequence[str]) -> bool:
+    """Tell whether undeclared state may keep its value when the weights change (see the rules above).
+
+    Args:
+        name: full dotted name, matched against `constants`.
+        tensor: the value.
+        owner: the module that holds it.
+        constants: patterns the user vouches for.
+    """
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in constants):
+        return True
+    if name.rpartition(".")[2] in find_refreshed_names(owner):
+        return True
+    return tensor.dtype in _INDEX_DTYPES or not _holds_weights(owner)
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    if next(module.parameters(), None) is not None:
+        return True
+    return any(
+        name not in child._non_persistent_buffers_set for child in module.modules() for name in child._buffers
+    )

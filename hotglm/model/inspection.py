@@ -1,0 +1,175 @@
+"""Reading a module: its state, by name, and the contract it makes.
+
+Rules this module keeps:
+
+- Every name under which `state_dict` would list a tensor is listed, aliases included, in registration order.
+- Nothing is read but metadata; no tensor is copied, moved or written.
+- What a slot cannot hold (lazy, meta, sparse, quantised, tensor subclasses, other devices) is refused here, all of it at
+  once, before anything else is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hotglm.contract import CallSpec, ConfigSpec, Contract, StateSpec
+from hotglm.errors import ModuleError, NotMaterializedError, Problem, UncopyableError, shorten_repr
+from hotglm.model.registry import find_definition
+from hotglm.weights.dtypes import dtype_name
+
+__all__ = ["StateEntry", "contract_of", "find_state", "verify_holdable"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateEntry:
+    """One name of one tensor of a module.
+
+    Attributes:
+        name: full dotted name, as in `state_dict`.
+        tensor: the parameter or buffer itself.
+        kind: parameter or buffer.
+        persistent: whether `state_dict` has it.
+        owner: the submodule it is registered on.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    kind: Literal["parameter", "buffer"]
+    persistent: bool
+    owner: nn.Module
+
+
+def find_state(module: nn.Module) -> Iterator[StateEntry]:
+    """Yield every parameter and buffer of `module` under every name it has, in registration order."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield StateEntry(name=prefix + name, tensor=parameter, kind="parameter", persistent=True, owner=owner)
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                persistent = name not in owner._non_persistent_buffers_set
+                yield StateEntry(name=prefix + name, tensor=buffer, kind="buffer", persistent=persistent, owner=owner)
+
+
+def contract_of(module: nn.Module) -> Contract:
+    """Return what `module` promises: its state, the signature of its `forward`, and what its `versioned` mark declares.
+
+    Args:
+        module: any module; its tensors are only looked at.
+
+    Returns:
+        The contract. `state` has every name, with `tied` naming the first name of its group.
+
+    Raises:
+        ModuleError: the module holds tensors that no slot can hold, all named.
+    """
+    verify_holdable(module)
+    entries = list(find_state(module))
+    groups: dict[object, list[str]] = {}
+    for entry in entries:
+        groups.setdefault(_identity(entry.tensor), []).append(entry.name)
+    state: dict[str, StateSpec] = {}
+    for entry in entries:
+        group = groups[_identity(entry.tensor)]
+        state[entry.name] = StateSpec(
+            name=entry.name,
+            shape=tuple(entry.tensor.shape),
+            dtype=dtype_name(entry.tensor.dtype),
+            kind=entry.kind,
+            persistent=entry.persistent,
+            tied=group[0] if len(group) > 1 else None,
+        )
+    definition = find_definition(type(module))
+    return Contract(
+        state=MappingProxyType(state),
+        call=CallSpec.of(module.forward),
+        config=ConfigSpec.of(definition.config) if definition and definition.config else None,
+        capabilities=definition.capabilities if definition else frozenset(),
+        requires=definition.requires if definition else (),
+    )
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    # Two names are tied when they are the same elements in the same order. Empty tensors share no element.
+    if tensor.numel() == 0:
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def verify_holdable(module: nn.Module) -> None:
+    """Refuse a module with tensors or parts that no slot can hold, naming every one.
+
+    Raises:
+        NotMaterializedError: lazy or meta tensors.
+        UncopyableError: sparse, quantised, nested, subclassed or off-CPU tensors, TorchScript modules, extra state.
+        ModuleError: it is not a module, or is itself a slot.
+    """
+    if not isinstance(module, nn.Module):
+        raise ModuleError(
+            f"Expected an nn.Module, got {shorten_repr(type(module).__name__)}.", remedy="pass the model object itself."
+        )
+    missing = [
+        Problem(code="NOT_MATERIALIZED", message="Expected a tensor with memory, got a lazy or meta one", tensor=entry.name)
+        for entry in find_state(module)
+        if nn.parameter.is_lazy(entry.tensor) or entry.tensor.is_meta
+    ]
+    if missing:
+        raise NotMaterializedError(
+            "Expected a module whose tensors are all in memory.",
+            problems=missing,
+            remedy="run one forward pass of a lazy module, or `to_empty` and load a meta one, before handing it over.",
+        )
+    problems = [*_find_unsupported_modules(module), *_find_unsupported_tensors(module)]
+    if problems:
+        raise UncopyableError(
+            "Expected a module that can be copied structurally.",
+            problems=problems,
+            remedy="replace the named parts by plain dense CPU tensors and ordinary modules.",
+        )
+
+
+def _find_unsupported_modules(root: nn.Module) -> Iterator[Problem]:
+    for path, module in root.named_modules():
+        where = shorten_repr(path or type(root).__name__)
+        if isinstance(module, torch.jit.ScriptModule):
+            yield Problem(
+                code="CANNOT_SWAP_COMPILED", message=f"Expected an eager module at {where}, got TorchScript, whose code cannot be given other tensors"
+            )
+        elif hasattr(module, "__hotglm_slot__"):
+            yield Problem(code="NESTED_SLOT", message=f"Expected no slot inside a slot's module, got one at {where}")
+        elif type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield Problem(
+                code="EXTRA_STATE", message=f"Expected state in tensors only, got get_extra_state() at {where}, which no safetensors file carries"
+            )
+
+
+def _find_unsupported_tensors(root: nn.Module) -> Iterator[Problem]:
+    for entry in find_state(root):
+        if reason := _why_unsupported(entry.tensor):
+            yield Problem(
+                code="UNSUPPORTED_TENSOR",
+                message=f"Expected a plain dense CPU tensor, got {reason}",
+                tensor=entry.name,
+                found=type(entry.tensor).__name__,
+            )
+
+
+def _why_unsupported(tensor: torch.Tensor) -> str | None:
+    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        return f"the subclass {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"layout {tensor.layout}"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.device.type != "cpu":
+        return f"one on {tensor.device}"
+    return None

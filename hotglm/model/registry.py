@@ -1,0 +1,163 @@
+"""Versions of model classes, by decorator, and the registry that finds them.
+
+Rules this module keeps:
+
+- The mark is on the class that was decorated, not on its subclasses: a subclass is another model until it says otherwise.
+- One class per name and version. The same class defined again (a notebook cell run twice, a module reloaded) replaces
+  itself; another class is refused.
+- The registry holds classes, never instances, and imports nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from hotglm.errors import DefinitionError, shorten_repr
+from hotglm.version import Version, VersionRange
+
+__all__ = ["Definition", "find_definition", "find_definitions", "versioned"]
+
+_MARK = "__hotglm_definition__"
+
+ModelClass = TypeVar("ModelClass", bound=type[nn.Module])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """What `versioned` declares of a model class.
+
+    Attributes:
+        name: the model's name, the same for all its versions.
+        version: the version of this code.
+        reads: the versions of weights that this code can hold.
+        config: a dataclass (or any callable taking the config's fields by name) passed to the class, or None.
+        requires: PEP 508 requirements on `python` and packages.
+        capabilities: free words for what the model can do.
+        model: the class.
+    """
+
+    name: str
+    version: Version
+    reads: VersionRange | None
+    config: Callable[..., Any] | None
+    requires: tuple[str, ...]
+    capabilities: frozenset[str]
+    model: type[nn.Module]
+
+    def build(self, config: object = None) -> nn.Module:
+        """Construct the model from `config`: a mapping of the config's fields, a config object, or None.
+
+        Raises:
+            DefinitionError: the class or its config cannot be constructed from that.
+        """
+        try:
+            if self.config is None:
+                return self.model()
+            if isinstance(config, Mapping):
+                return self.model(self.config(**config))
+            return self.model(self.config() if config is None else config)
+        except Exception as error:
+            raise DefinitionError(
+                f"Expected {self.model.__qualname__} {self.version} to be built from its config, got "
+                f"{type(error).__name__}: {error}.",
+                remedy="ship the config beside the weights (config.json or metadata 'hotglm.config'), or stage a module.",
+            ) from error
+
+
+_lock = threading.Lock()
+_definitions: dict[str, dict[Version, Definition]] = {}
+
+
+def versioned(
+    name: str,
+    version: str | Version,
+    *,
+    reads: str | VersionRange | None = None,
+    config: Callable[..., Any] | None = None,
+    requires: Iterable[str] = (),
+    capabilities: Iterable[str] = (),
+) -> Callable[[ModelClass], ModelClass]:
+    """Give a model class its name and version, and enter it in the registry.
+
+    Several versions of one name may live side by side; a slot picks the class that fits the version being staged.
+
+    Args:
+        name: the model's name.
+        version: the version of this code.
+        reads: the versions of weights that this code can hold; None means those whose layout fits.
+        config: the config's dataclass; the class is then constructed as `Model(config(**fields))`, else as `Model()`.
+        requires: requirements such as `"torch>=2.6"`, decided before anything is loaded.
+        capabilities: what the model can do, in words of the user's own.
+
+    Raises:
+        DefinitionError: not a module class, an empty name, or another class has that name and version.
+        VersionSyntaxError: `version` or `reads` does not parse.
+    """
+    if not isinstance(name, str) or not name:
+        raise DefinitionError(f"Expected a model name, got {shorten_repr(name)}.", remedy="give a non-empty string.")
+    parsed, range_ = Version(version), None if reads is None else VersionRange(reads)
+
+    def mark(model: ModelClass) -> ModelClass:
+        if not (inspect.isclass(model) and issubclass(model, nn.Module)):
+            raise DefinitionError(
+                f"Expected @versioned on an nn.Module class, got {shorten_repr(model)}.", remedy="decorate the class."
+            )
+        definition = Definition(
+            name=name,
+            version=parsed,
+            reads=range_,
+            config=config,
+            requires=tuple(requires),
+            capabilities=frozenset(capabilities),
+            model=model,
+        )
+        _register(definition)
+        setattr(model, _MARK, definition)
+        return model
+
+    return mark
+
+
+def _register(definition: Definition) -> None:
+    with _lock:
+        known = _definitions.setdefault(definition.name, {})
+        there = known.get(definition.version)
+        if there is not None and _origin(there.model) != _origin(definition.model):
+            raise DefinitionError(
+                f"Expected one class for {definition.name!r} {definition.version}, got {_origin(definition.model)} "
+                f"beside {_origin(there.model)}.",
+                remedy="give the new class its own version.",
+            )
+        known[definition.version] = definition
+
+
+def _origin(model: type[nn.Module]) -> str:
+    return f"{model.__module__}.{model.__qualname__}"
+
+
+def find_definition(model: type[nn.Module]) -> Definition | None:
+    """Return what was declared of exactly this class, or None."""
+    definition = vars(model).get(_MARK)
+    return definition if isinstance(definition, Definition) else None
+
+
+def find_definitions(name: str) -> tuple[Definition, ...]:
+    """Return every registered version of `name`, newest first."""
+    with _lock:
+        known = list(_definitions.get(name, {}).values())
+    return tuple(sorted(known, key=lambda definition: definition.version, reverse=True))
+
+
+def read_config(module: nn.Module) -> Mapping[str, Any] | None:
+    """Return the fields of the config object a module keeps as `config`, where that is a dataclass; else None."""
+    config = getattr(module, "config", None)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return None

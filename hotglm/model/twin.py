@@ -1,0 +1,410 @@
+"""Twins: structural copies of a module whose tensors lie in an arena.
+
+Rules this module keeps:
+
+- Every generation gets a thin module of its own over the arena's views. Whoever keeps it, one of its submodules, a bound
+  method or a parameter, keeps the arena's lease with it, so nothing held outside is ever written under; there is no second
+  kind of hold to look for (DESIGN section 5, "Reuse"). Compiled code is shared all the same: Dynamo caches by code object.
+- No weight is copied here. Registered tensors become views; the copier meets no other tensor without asking.
+- The class, hooks, flags and attributes are the user's own. What cannot be carried over is refused by name, all at once.
+- The module being copied may be serving: its dictionaries are snapshot before they are walked, the GIL is given away
+  between modules, and nothing in it is written.
+
+[Note: tensors that are not registered]
+`copy.deepcopy` of a tensor is a torch function, so a `TorchFunctionMode`, which is local to the thread, sees every tensor
+the copier reaches, however deep in lists, dicts or objects. One that overlaps registered state becomes the same view of
+the spare. Any other is cloned if it may be carried over (`model/derived.py`), and refused if not.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from hotglm.errors import Problem, StaleStateError, UncopyableError, shorten_repr
+from hotglm.model.derived import may_carry_over
+from hotglm.model.inspection import StateEntry, find_state
+from hotglm.weights.arena import ALIGNMENT, Lease
+from hotglm.weights.layout import Extent, Layout, plan_layout
+from hotglm.weights.workers import yield_gil
+
+__all__ = ["Twin", "copy_module", "lay_out", "rebind"]
+
+_NUM_ATTEMPTS = 5
+"""How often a copy is tried when the serving module changes a container under the copier."""
+
+_SHAREABLE_FAILURES = (TypeError, NotImplementedError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twin:
+    """A structural copy over an arena, with its tensors by name.
+
+    Attributes:
+        module: the copy.
+        views: every registered name and the tensor it has in the arena (ties share memory).
+        carried: names of unregistered or non-persistent state that keeps the value it had.
+    """
+
+    module: nn.Module
+    views: Mapping[str, torch.Tensor]
+    carried: tuple[str, ...]
+
+
+def extent_nbytes(tensor: torch.Tensor) -> int:
+    """Return the bytes from the first to the last element of `tensor`, 0 if it has none."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    return extent_nbytes(tensor) < tensor.numel() * tensor.element_size()
+
+
+def lay_out(entries: Iterable[StateEntry]) -> Layout:
+    """Return where the tensors of a module go in an arena.
+
+    Expanded tensors, whose elements share memory, get room for all of their elements.
+    """
+    extents = []
+    for entry in entries:
+        expanded = _overlaps_itself(entry.tensor)
+        extents.append(
+            Extent(
+                name=entry.name,
+                # An address of its own: negative, so that it meets no real one and no other.
+                address=-(len(extents) + 1) << 48 if expanded else entry.tensor.data_ptr(),
+                nbytes=entry.tensor.numel() * entry.tensor.element_size() if expanded else extent_nbytes(entry.tensor),
+            )
+        )
+    return plan_layout(extents, alignment=ALIGNMENT)
+
+
+def copy_module(module: nn.Module, *, layout: Layout, lease: Lease, constants: Sequence[str]) -> Twin:
+    """Return a structural copy of `module` whose tensors are views into `lease`; their values are whatever is there.
+
+    Args:
+        module: the module to copy; may be serving.
+        layout: from `lay_out` of its state.
+        lease: memory of at least `layout.nbytes`.
+        constants: patterns of names of derived state that the user vouches for.
+
+    Raises:
+        StaleStateError: undeclared state that may depend on the weights.
+        UncopyableError: an attribute, hook or function that cannot be carried over.
+    """
+    for attempt in range(_NUM_ATTEMPTS):
+        try:
+            return _Copier(module, layout=layout, lease=lease, constants=constants).copy()
+        except _ChangedWhileCopied as failure:
+            if attempt == _NUM_ATTEMPTS - 1:
+                raise UncopyableError(
+                    "Expected a module that stands still for the length of one attribute's copy.",
+                    problems=[Problem(code="CHANGING_ATTRIBUTE", message=f"{failure} kept changing while it was copied")],
+                    remedy="keep per-request state out of the module, or make the attribute a registered buffer.",
+                ) from failure
+            yield_gil()
+    raise AssertionError("unreachable")
+
+
+def rebind(module: nn.Module, *, constants: Sequence[str] = ()) -> None:
+    """Raise what `copy_module` would raise for `module`, without needing memory: a dry run over empty views."""
+    entries = list(find_state(module))
+    _Copier(module, layout=lay_out(entries), lease=None, constants=constants).copy()
+
+
+class _ChangedWhileCopied(Exception):
+    """A container of the serving module changed size while it was walked."""
+
+
+@dataclass(slots=True)
+class _Findings:
+    stale: list[Problem] = field(default_factory=list)
+    uncopyable: list[Problem] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
+
+    def raise_if_any(self) -> None:
+        if self.stale:
+            raise StaleStateError(
+                "Expected all derived state to be declared, got some that would keep its old value after a swap.",
+                problems=[*self.stale, *self.uncopyable],
+                remedy="recompute it in a method marked @hotglm.refresh(<attribute>), make it a persistent buffer, "
+                "or vouch for it with ModuleSlot(..., constants=[<pattern>]).",
+            )
+        if self.uncopyable:
+            raise UncopyableError(
+                "Expected a module that can be copied structurally.",
+                problems=self.uncopyable,
+                remedy="make the named attributes or hooks refer to `self` instead of to captured modules or tensors.",
+            )
+
+
+class _Copier(TorchFunctionMode):
+    """One copy of one module. As a function mode it answers for the tensors that `deepcopy` reaches."""
+
+    def __init__(self, root: nn.Module, *, layout: Layout, lease: Lease | None, constants: Sequence[str]) -> None:
+        super().__init__()
+        self._root = root
+        self._layout = layout
+        self._lease = lease
+        self._constants = constants
+        self._findings = _Findings()
+        self._memo: dict[int, Any] = {}
+        self._keep: list[object] = []  # what the memo names by id must not die and lend its id to another object
+        self._views: dict[str, torch.Tensor] = {}
+        self._tree: dict[int, str] = {}
+        self._where: tuple[str, nn.Module] = ("", root)
+
+    def copy(self) -> Twin:
+        # Staging may run in a thread whose caller is in inference mode; parameters must be ordinary tensors all the same.
+        with torch.inference_mode(False), torch.no_grad():
+            self._map_state()
+            modules = list(self._root.named_modules())
+            self._tree = {id(module): path for path, module in modules}
+            with self:
+                for path, module in reversed(modules):  # children come after parents in named_modules
+                    self._copy_one(path, module)
+                    yield_gil()
+            self._findings.raise_if_any()
+            twin = self._memo[id(self._root)]
+            return Twin(module=twin, views=self._views, carried=tuple(self._findings.carried))
+
+    # -- registered state ----------------------------------------------------------------------------------------------
+
+    def _map_state(self) -> None:
+        for entry in find_state(self._root):
+            known = self._memo.get(id(entry.tensor))
+            if known is None:
+                known = self._map_tensor(entry)
+            self._views[entry.name] = known.detach()
+            if not entry.persistent:
+                self._judge(entry.name, entry.tensor, owner=entry.owner)
+
+    def _map_tensor(self, entry: StateEntry) -> torch.Tensor:
+        source = entry.tensor
+        view = self._view(self._layout.offsets[entry.name], source)
+        if isinstance(source, nn.Parameter):
+            view = nn.Parameter(view, requires_grad=source.requires_grad)
+        else:
+            view.requires_grad_(source.requires_grad)
+        self._remember(source, view)
+        for name, value in list(vars(source).items()) if hasattr(source, "__dict__") else ():
+            setattr(view, name, value)
+        return view
+
+    def _view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
+        if self._lease is None:
+            return torch.empty_strided(like.shape, [0] * like.dim(), dtype=like.dtype, device="meta")
+        stride = None if like.is_contiguous() or _overlaps_itself(like) else like.stride()
+        return self._lease.view(offset, dtype=like.dtype, shape=like.shape, stride=stride)
+
+    def _remember(self, source: object, result: object) -> None:
+        self._memo[id(source)] = result
+        self._keep.append(source)
+
+    # -- modules and their attributes ----------------------------------------------------------------------------------
+
+    def _copy_one(self, path: str, module: nn.Module) -> None:
+        if id(module) in self._memo:
+            return
+        self._where = (path, module)
+        snapshot = dict(vars(module))
+        self._map_references(path, snapshot)
+        try:
+            if _has_plain_state(type(module)):
+                twin = module.__new__(type(module))
+                self._remember(module, twin)
+                snapshot.pop("_compiled_call_impl", None)
+                for name, value in snapshot.items():
+                    vars(twin)[name] = self._copy_attribute(path, name, value)
+            else:
+                self._remember(module, copy.deepcopy(module, self._memo))
+        except RuntimeError as failure:
+            if "changed size" in str(failure) or "mutated" in str(failure):
+                raise _ChangedWhileCopied(f"module {shorten_repr(path or type(module).__name__)}") from failure
+            raise
+        except _SHAREABLE_FAILURES as failure:
+            self._refuse(path, type(module).__name__, f"its class copies itself and failed: {failure}")
+            self._remember(module, module)
+
+    def _copy_attribute(self, path: str, name: str, value: object) -> object:
+        if inspect.isfunction(value):
+            self._judge_function(path, name, value)
+        try:
+            return copy.deepcopy(value, self._memo)
+        except _SHAREABLE_FAILURES as failure:
+            # Locks, clients, loggers, handles: nothing about them depends on the weights, so both generations share
+            # them, unless they lead back into the module.
+            if self._leads_inside(value):
+                self._refuse(path, name, f"it cannot be copied ({failure}) and leads back into the module")
+            return value
+
+    def _map_references(self, path: str, attributes: Mapping[str, object]) -> None:
+        """Enter into the memo what `deepcopy` would treat wrongly: weak references, hooks, partials, foreign owners."""
+        for name, value in attributes.items():
+            is_hooks = name.endswith("_hooks") and isinstance(value, dict)
+            for item in _iterate_items(value):
+                if isinstance(item, weakref.ref):
+                    self._map_weakref(item)
+                elif inspect.isfunction(item):
+                    self._judge_function(path, name, item)
+                elif isinstance(item, types.MethodType) and id(item.__self__) not in self._tree:
+                    self._remember(item, item)  # a method of somebody else's object stays that object's
+                elif isinstance(item, nn.Parameter) and id(item) not in self._memo:
+                    self._copy_tensor(item, self._memo)  # Parameter.__deepcopy__ asks no function mode
+                elif is_hooks and item is not value and not _copies_itself(item) and not self._leads_inside(item):
+                    self._remember(item, item)  # a hook with state of its own goes on with that state
+
+    def _leads_inside(self, value: object) -> bool:
+        return _reaches(value, self._is_inside)
+
+    def _map_weakref(self, reference: weakref.ref[Any]) -> None:
+        target = reference()
+        if target is None:
+            return
+        if id(target) in self._memo:
+            self._remember(reference, weakref.ref(self._memo[id(target)]))
+
+    def _judge_function(self, path: str, name: str, function: Callable[..., object]) -> None:
+        for captured in _find_captured(function):
+            if self._is_inside(captured):
+                label = getattr(function, "__qualname__", repr(function))
+                self._refuse(path, name, f"the function {label} has captured a part of the module it is attached to")
+                return
+
+    def _is_inside(self, value: object) -> bool:
+        if isinstance(value, nn.Module):
+            return id(value) in self._tree
+        if isinstance(value, torch.Tensor):
+            return id(value) in self._memo or self._find_overlap(value) is not None
+        return False
+
+    def _refuse(self, path: str, name: str, why: str) -> None:
+        where = f"{path}.{name}" if path else name
+        problem = Problem(code="UNCOPYABLE", message=f"Cannot carry over {shorten_repr(where)}: {why}")
+        if problem not in self._findings.uncopyable:
+            self._findings.uncopyable.append(problem)
+
+    # -- tensors that are not registered ---------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__deepcopy__:
+            return self._copy_tensor(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _copy_tensor(self, tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        if id(tensor) in memo:
+            known: torch.Tensor = memo[id(tensor)]
+            return known
+        offset = self._find_overlap(tensor)
+        if offset is not None:
+            result = self._view(offset, tensor)
+        else:
+            path, owner = self._where
+            self._judge(_name_tensor(path, owner, tensor), tensor, owner=owner)
+            result = tensor.detach().clone() if self._lease is not None else tensor
+        self._remember(tensor, result)
+        return result
+
+    def _find_overlap(self, tensor: torch.Tensor) -> int | None:
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_meta:
+            return None
+        if _overlaps_itself(tensor):
+            return None
+        return self._layout.find_offset(tensor.data_ptr(), extent_nbytes(tensor))
+
+    def _judge(self, name: str, tensor: torch.Tensor, *, owner: nn.Module) -> None:
+        if may_carry_over(name, tensor, owner=owner, constants=self._constants):
+            self._findings.carried.append(name)
+            return
+        what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        self._findings.stale.append(
+            Problem(
+                code="STALE_STATE",
+                message=f"Expected a declaration for {shorten_repr(name)} ({what}), which no file carries and which "
+                f"{type(owner).__name__} may have computed from its weights, got none",
+                tensor=name,
+            )
+        )
+
+
+def _has_plain_state(cls: type[nn.Module]) -> bool:
+    """Whether an instance of `cls` is its `__dict__` and nothing else, so that it can be copied attribute by attribute."""
+    plain = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__slots__")
+    for base in cls.__mro__:
+        if base is nn.Module:
+            return True
+        if any(name in vars(base) for name in plain):
+            return False
+    return False
+
+
+def _iterate_items(value: object) -> Iterator[object]:
+    yield value
+    match value:
+        case dict():
+            yield from list(value.values())
+        case list() | tuple() | set():
+            yield from list(value)
+
+
+def _copies_itself(value: object) -> bool:
+    """Whether a hook knows how to follow its module into a copy (torch's own wrapper of a hook and its module does)."""
+    return "__getstate__" in vars(type(value)) or hasattr(value, "__deepcopy__")
+
+
+def _find_captured(function: object, *, depth: int = 4) -> Iterator[object]:
+    """Yield what a function brings along: the contents of its closure, functions in it included, and its defaults."""
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # an empty cell: a name that was never bound
+            continue
+        yield content
+        if inspect.isfunction(content) and depth:
+            yield from _find_captured(content, depth=depth - 1)
+    yield from getattr(function, "__defaults__", None) or ()
+    yield from (getattr(function, "__kwdefaults__", None) or {}).values()
+
+
+def _reaches(value: object, wanted: Callable[[object], bool], *, limit: int = 2000) -> bool:
+    """Whether one of the first `limit` objects reachable from `value` is wanted; used only for what cannot be copied."""
+    import gc
+
+    seen: set[int] = set()
+    todo: list[object] = [value]
+    while todo and len(seen) < limit:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, (type, types.ModuleType, types.FrameType, threading.Thread)):
+            continue
+        seen.add(id(item))
+        if wanted(item):
+            return True
+        todo.extend(gc.get_referents(item))
+    return False
+
+
+def _name_tensor(path: str, owner: nn.Module, tensor: torch.Tensor) -> str:
+    prefix = f"{path}." if path else ""
+    for name, value in list(vars(owner).items()):
+        if value is tensor:
+            return prefix + name
+    for name, value in list(vars(owner).items()):
+        if name not in ("_modules", "_parameters", "_buffers") and _reaches(value, lambda item: item is tensor):
+            return f"{prefix}{name}"
+    return f"{prefix}<inside {type(owner).__name__}>"

@@ -1,0 +1,91 @@
+"""The one place through which hotglm asks the operating system for something that can fail.
+
+Rules this module keeps:
+
+- Reading and staging open, read, map memory and start threads only through `active`, so that a test can make the Nth call
+  of any kind fail (FAULTS K06, D07, D14, D20) without patching the standard library under everybody else.
+- The real seam adds nothing: each method is the call itself. A replacement must keep the same signatures.
+- Nothing in production ever assigns `active`; `hotglm.testing` and the tests do, around one test.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import cast
+
+__all__ = ["Seam", "active"]
+
+MADV_POPULATE_WRITE = 23
+"""`madvise` advice of Linux 5.14 that faults a range in for writing; not in Python's `mmap` module as of 3.14."""
+
+
+class Seam:
+    """The operating system, as far as hotglm needs it. Each method is one call, with its errors."""
+
+    def open(self, path: str, flags: int) -> int:
+        """Open `path` and return the descriptor (`os.open`)."""
+        return os.open(path, flags)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        """Return the status of an open file (`os.fstat`)."""
+        return os.fstat(fd)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor (`os.close`)."""
+        os.close(fd)
+
+    def listdir(self, path: str) -> list[str]:
+        """Return the names in a directory (`os.listdir`)."""
+        return os.listdir(path)
+
+    def pread(self, fd: int, nbytes: int, offset: int) -> bytes:
+        """Read up to `nbytes` at `offset` (`os.pread`); fewer at the end of the file."""
+        return os.pread(fd, nbytes, offset)
+
+    def preadv(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
+        """Read into `views` in order from `offset` (`os.preadv`); return the number of bytes, which may be short."""
+        return os.preadv(fd, views, offset)
+
+    def map_anonymous(self, nbytes: int) -> mmap.mmap:
+        """Return `nbytes` of fresh private memory, zeroed, with huge pages asked for where the system has them."""
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:  # a kernel without huge pages: slower, not wrong
+                pass
+        return memory
+
+    def populate(self, memory: mmap.mmap, start: int, nbytes: int) -> None:
+        """Fault `nbytes` from `start` in for writing, so that later writes do not (`MADV_POPULATE_WRITE`).
+
+        Where the kernel has no such advice this does nothing, and the first write faults each page.
+        """
+        # Not `mmap.madvise`: that holds the GIL for as long as the kernel clears pages (2.6 s for 1 GiB of cold memory
+        # on the machine this was written on), and every pass of the service would wait for it. ctypes releases it.
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory, start))
+        if _madvise is not None:
+            _madvise(address, nbytes, MADV_POPULATE_WRITE)
+
+    def start_thread(self, thread: threading.Thread) -> None:
+        """Start a thread (`Thread.start`)."""
+        thread.start()
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    function.restype = ctypes.c_int
+    return cast("Callable[[int, int, int], int]", function)
+
+
+_madvise = _find_madvise()
+
+active: Seam = Seam()

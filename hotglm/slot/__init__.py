@@ -1,0 +1,1 @@
+"""The slot: generations, passes, staging and commit."""

@@ -1,0 +1,288 @@
+"""Where threads meet: admitting passes, and publishing the generation that new ones see.
+
+This is the hard file of the slot; the argument is below and in docs/concurrency.md, and each claim names its test.
+
+[Note: admission]
+**A pass takes no lock and no count.** `ModuleSlot.__call__` evaluates `self._admission.live.call(*args, **kwargs)`. One
+attribute load, `live`, decides which generation the pass belongs to (P1, P3). `call` is a bound method of that generation's
+module; the interpreter keeps it alive until the call returns, it keeps the module alive, the module its parameters, the
+parameters their storages, and each storage the arena's lease. So "this pass runs in that generation" and "that memory is
+taken" are one fact. A pass cannot be forgotten, by a raised exception, a killed thread or a cancelled task, because nothing
+has to be undone at its end (tests/test_torn_passes.py; the planted bug there is a slot that reuses without asking).
+
+**One store publishes.** All that a commit changes, the live generation, what is held for rollback, trial and history,
+is in one immutable `Publication`; `live = publication` is the commit. Before it nothing has changed; after it nothing that
+can fail is left to do. An asynchronous exception (KeyboardInterrupt) arrives before the store or after it
+(tests/test_commit_faults.py raises at every line).
+
+**What the store relies on.** That loading and storing an attribute of an object are atomic with respect to each other: a
+reader gets the old reference or the new one, and owns it before the old one can be freed. CPython guarantees it with the
+GIL and, for slots and instance dictionaries, in free-threaded builds as well. Nothing else relies on the GIL.
+
+**Writers** (commit, rollback, confirm, retire) take `_writer`, which is held for a few attribute stores, never while
+reading, hashing, copying, waiting, running user code or announcing. So writers finish in bounded time under any load (P4),
+and a pass that commits from inside itself (a hook, a callback) cannot deadlock: readers hold nothing that a writer waits for.
+
+**Old memory** is reused by asking the arena whether its lease is dead (weights/arena.py), after the slot's own references
+to the generation are gone. The order matters: first no `Publication` names the generation, then the question. A thread that
+loaded `live` before that still holds the *bound method* it took from it, so the lease lives; a thread that loads later gets
+a publication that does not name it. A thread between the two loads, of `live` and of `.call`, holds the old `Publication`,
+which holds the generation, so the lease lives too.
+
+Rejected: a reader-writer lock (a reader-preferring one starved the writer for 3 s, a fair one makes readers wait); a count
+per generation (two more atomic operations per pass, and one forgotten decrement is a leak or a tear); epochs and hazard
+pointers (they rebuild in Python what reference counts already do in C); two buffers without a grace period (0.055 % torn).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hotglm.errors import ConflictError, NoRollbackError, SlotClosedError
+from hotglm.slot.generation import Generation
+from hotglm.version import Version
+
+__all__ = ["Admission", "Expected", "HistoryEntry", "Publication"]
+
+Expected = int | str | Version
+"""What a compare-and-set may name: a generation's number, or a version."""
+
+_MAX_HISTORY = 1000
+"""Entries of history kept; the oldest are dropped, so that a slot that is updated for years stays bounded (P9)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryEntry:
+    """One change of the live generation.
+
+    Attributes:
+        action: `"created"`, `"committed"` or `"rolled back"`.
+        epoch: counts the changes of the live generation; 0 for the first.
+        number: the generation that became live.
+        version: its version.
+        digest: digest of its weights, where known.
+        at_s: wall-clock time, seconds since 1970.
+    """
+
+    action: str
+    epoch: int
+    number: int
+    version: Version
+    digest: str | None
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Everything about a slot that a commit changes, in one object.
+
+    Attributes:
+        call: what a pass calls.
+        generation: the live generation.
+        before: the one that was live before it, the target of `rollback()`, while it is held.
+        held: every generation kept for rollback, the most recently live first.
+        trial: whether the live generation still awaits `confirm()`.
+        epoch: counts commits and rollbacks.
+        history: the latest changes, oldest first.
+    """
+
+    call: Callable[..., Any]
+    generation: Generation
+    before: Generation | None
+    held: tuple[Generation, ...]
+    trial: bool
+    epoch: int
+    history: tuple[HistoryEntry, ...]
+
+
+def choose_call(module: nn.Module) -> Callable[..., Any]:
+    """Return the callable that is `module(...)`, with the layers that add nothing left out.
+
+    `nn.Module.__call__` only chooses between the compiled and the plain call. Making that choice once per generation saves
+    a Python frame per pass, which is what the slot's own frame costs; a class with a `__call__` of its own keeps it.
+    """
+    if type(module).__call__ is not nn.Module.__call__ or "_call_impl" in vars(module):
+        return module
+    if module._compiled_call_impl is not None:
+        return module
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+class Admission:
+    """The live publication of one slot and the writers' lock around changing it."""
+
+    __slots__ = ("_closed", "_writer", "live", "name")
+
+    def __init__(self, generation: Generation, *, name: str) -> None:
+        """Publish the first generation; it is confirmed, having nothing to go back to."""
+        self.name = name
+        self._writer = threading.Lock()
+        self._closed = False
+        entry = _record("created", 0, generation)
+        self.live = Publication(choose_call(generation.module), generation, None, (), False, 0, (entry,))
+
+    def commit(self, generation: Generation, *, expected: Expected, claim: Callable[[], None]) -> Publication:
+        """Make `generation` the one that new passes see; return what was published before.
+
+        Args:
+            generation: staged and proved.
+            expected: the live generation the caller has in mind.
+            claim: called under the lock right before the store; raises when the stage is no longer to be committed.
+
+        Raises:
+            ConflictError: another generation is live.
+            SlotClosedError: the slot was closed.
+        """
+        call = choose_call(generation.module)
+        with self._writer:
+            old = self.live
+            self._verify_open()
+            _verify_expected(old.generation, expected)
+            held = (old.generation, *old.held)
+            history = _append(old.history, _record("committed", old.epoch + 1, generation))
+            claim()
+            self.live = Publication(call, generation, old.generation, held, True, old.epoch + 1, history)
+            return old
+
+    def rollback(self, target: Expected | None, *, expected: Expected | None) -> tuple[Publication, Publication]:
+        """Make a held generation live again; return the publications before and after.
+
+        Args:
+            target: number or version of a held generation; None means the one before the live one.
+            expected: the live generation the caller has in mind; None means any.
+
+        Raises:
+            NoRollbackError: that generation is not held.
+            ConflictError: another generation is live.
+            SlotClosedError: the slot was closed.
+        """
+        with self._writer:
+            old = self.live
+            self._verify_open()
+            if expected is not None:
+                _verify_expected(old.generation, expected)
+            generation = _find_target(old, target)
+            remaining = tuple(held for held in old.held if held is not generation)
+            older = [held for held in remaining if held.number < generation.number]
+            history = _append(old.history, _record("rolled back", old.epoch + 1, generation))
+            call = choose_call(generation.module)
+            new = Publication(
+                call,
+                generation,
+                max(older, key=lambda held: held.number, default=None),
+                (old.generation, *remaining),
+                False,
+                old.epoch + 1,
+                history,
+            )
+            self.live = new
+            return old, new
+
+    def confirm(self, *, expected: Expected | None) -> Publication | None:
+        """End the trial; return the publication, or None if it had ended before.
+
+        Raises:
+            ConflictError: another generation is live than the expected one.
+        """
+        with self._writer:
+            old = self.live
+            if expected is not None:
+                _verify_expected(old.generation, expected)
+            if not old.trial:
+                return None
+            self.live = Publication(
+                old.call, old.generation, old.before, old.held, False, old.epoch, old.history
+            )
+            return self.live
+
+    def retire(self, generation: Generation) -> bool:
+        """Stop holding `generation` for rollback; return whether it was held."""
+        with self._writer:
+            old = self.live
+            if all(held is not generation for held in old.held):
+                return False
+            held = tuple(other for other in old.held if other is not generation)
+            before = None if old.before is generation else old.before
+            self.live = Publication(old.call, old.generation, before, held, old.trial, old.epoch, old.history)
+            return True
+
+    def refresh_call(self) -> None:
+        """Choose the call of the live generation anew, after its module was compiled in place."""
+        with self._writer:
+            old = self.live
+            call = choose_call(old.generation.module)
+            self.live = Publication(
+                call, old.generation, old.before, old.held, old.trial, old.epoch, old.history
+            )
+
+    def close(self) -> bool:
+        """Refuse commits and rollbacks from now on; return whether that is new. Passes go on."""
+        with self._writer:
+            was_open, self._closed = not self._closed, True
+            return was_open
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def reset_lock_after_fork(self) -> None:
+        """Replace the lock in a forked child, where the thread that may have held it does not exist."""
+        self._writer = threading.Lock()
+
+    def _verify_open(self) -> None:
+        if self._closed:
+            raise SlotClosedError(
+                "Expected an open slot, got one that was closed.", remedy="make a new ModuleSlot around slot.live.module."
+            )
+
+
+def _verify_expected(live: Generation, expected: Expected) -> None:
+    matches = live.number == expected if isinstance(expected, int) else live.version == Version(expected)
+    if not matches:
+        what = f"generation {expected}" if isinstance(expected, int) else f"version {expected}"
+        raise ConflictError(
+            f"Expected {what} to be live, got generation {live.number}, version {live.version}.",
+            remedy="look at slot.history, then stage again on top of what is live now.",
+        )
+
+
+def _find_target(publication: Publication, target: Expected | None) -> Generation:
+    if target is None:
+        if publication.before is not None:
+            return publication.before
+        raise _no_rollback(publication, "Expected an earlier generation to be held, got none.")
+    for generation in publication.held:
+        if generation.number == target if isinstance(target, int) else generation.version == Version(target):
+            return generation
+    raise _no_rollback(publication, f"Expected {target!r} to be a held generation, got none of that number or version.")
+
+
+def _no_rollback(publication: Publication, message: str) -> NoRollbackError:
+    held = ", ".join(f"{generation.number} ({generation.version})" for generation in publication.held) or "none"
+    return NoRollbackError(
+        f"{message} Held: {held}.",
+        remedy="stage the earlier version's file again; to keep it through a later stage, use MemoryPolicy(max_copies=3).",
+    )
+
+
+def _record(action: str, epoch: int, generation: Generation) -> HistoryEntry:
+    return HistoryEntry(
+        action=action,
+        epoch=epoch,
+        number=generation.number,
+        version=generation.version,
+        digest=generation.digest,
+        at_s=time.time(),
+    )
+
+
+def _append(history: tuple[HistoryEntry, ...], entry: HistoryEntry) -> tuple[HistoryEntry, ...]:
+    return (*history[-(_MAX_HISTORY - 1) :], entry)

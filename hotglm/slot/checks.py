@@ -1,0 +1,238 @@
+"""The proofs that a staged generation has to give before it may be committed.
+
+Rules this module keeps:
+
+- A check passes only if it says so: one that raises, answers something else than None or True, or does not end in time
+  has failed.
+- Every check runs, and all failures of one kind of check are named at once.
+- Passes run in the grad mode of the caller of `stage`, because that is the mode the service runs in, and because caches
+  and compiled code are keyed by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hotglm.errors import ArgumentError, CallableCheckError, GoldenMismatchError, Problem, WarmUpError, shorten_repr
+
+__all__ = ["Golden", "GradMode", "Inputs", "StagePolicy", "run_checks"]
+
+Inputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""Arguments of one pass: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Golden:
+    """Inputs and the outputs that a version must give for them.
+
+    Attributes:
+        inputs: arguments of the pass.
+        outputs: a tensor, or a tuple, list, mapping or dataclass-like output of tensors, compared part by part.
+        rtol: relative tolerance, 0 or more.
+        atol: absolute tolerance, 0 or more; with both 0 the outputs must be equal bit for bit (NaN equals NaN).
+        name: what to call it in an error.
+    """
+
+    inputs: Inputs
+    outputs: Any
+    rtol: float = 1e-5
+    atol: float = 1e-6
+    name: str = "golden"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePolicy:
+    """How a version is staged and what it must prove.
+
+    Attributes:
+        finite: refuse NaN and infinity in the weights.
+        digest: hash every tensor while it is loaded; without, receipts carry no digests and unversioned sources need
+            an explicit version.
+        warm_up: inputs to run once in the spare.
+        goldens: outputs to compare.
+        checks: callables that get the staged module and return None or True when it is good.
+        convert_dtypes: convert floating-point tensors to the module's dtype instead of refusing them.
+        num_threads: threads that read and hash; None means the cores of the process, at most 4.
+        nice: how much staging lowers its threads' priority, 0 to 19; 0 leaves it alone.
+        timeout_s: give up a stage after this time, in seconds; None means never.
+    """
+
+    finite: bool = True
+    digest: bool = True
+    warm_up: tuple[Inputs, ...] = ()
+    goldens: tuple[Golden, ...] = ()
+    checks: tuple[Callable[[nn.Module], object], ...] = ()
+    convert_dtypes: bool = False
+    num_threads: int | None = None
+    nice: int = 10
+    timeout_s: float | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ArgumentError: naming the fields.
+        """
+        wrong = [
+            *(["num_threads"] if self.num_threads is not None and self.num_threads < 1 else []),
+            *(["nice"] if not 0 <= self.nice <= 19 else []),
+            *(["timeout_s"] if self.timeout_s is not None and self.timeout_s <= 0 else []),
+            *(["checks"] if not all(callable(check) for check in self.checks) else []),
+            *(["warm_up"] if isinstance(self.warm_up, (torch.Tensor, Mapping)) else []),
+        ]
+        if wrong:
+            raise ArgumentError(
+                f"Expected a stage policy that can be meant, got bad {', '.join(wrong)}.",
+                remedy="see StagePolicy: warm_up and checks are tuples, nice is 0 to 19, threads and times are positive.",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradMode:
+    """The autograd and autocast modes of a thread, which new threads do not inherit."""
+
+    grad: bool
+    inference: bool
+    autocast: bool
+    autocast_dtype: torch.dtype
+
+    @classmethod
+    def current(cls) -> GradMode:
+        """Return those of the calling thread."""
+        return cls(
+            grad=torch.is_grad_enabled(),
+            inference=torch.is_inference_mode_enabled(),
+            autocast=torch.is_autocast_enabled("cpu"),
+            autocast_dtype=torch.get_autocast_dtype("cpu"),
+        )
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Run the body of a `with` in these modes."""
+        with (
+            torch.inference_mode(self.inference),
+            torch.set_grad_enabled(self.grad and not self.inference),
+            torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast),
+        ):
+            yield
+
+
+def run_checks(module: nn.Module, *, policy: StagePolicy, mode: GradMode) -> tuple[str, ...]:
+    """Warm `module` up, compare golden outputs and ask the user's checks; return what was proved, in words.
+
+    Raises:
+        WarmUpError: a warm-up pass raised.
+        GoldenMismatchError: outputs differ.
+        CallableCheckError: a check raised, or did not answer None or True.
+    """
+    with mode.applied():
+        _run_warm_up(module, policy.warm_up)
+        _compare_goldens(module, policy.goldens)
+    _ask(module, policy.checks)
+    return (
+        *([f"{len(policy.warm_up)} warm-up passes"] if policy.warm_up else []),
+        *(f"golden {golden.name!r}" for golden in policy.goldens),
+        *(f"check {_name(check)}" for check in policy.checks),
+    )
+
+
+def call_with(module: nn.Module, inputs: Inputs) -> Any:
+    """Run one pass of `module` with `inputs` as they are meant."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+def _run_warm_up(module: nn.Module, warm_up: tuple[Inputs, ...]) -> None:
+    for index, inputs in enumerate(warm_up):
+        try:
+            call_with(module, inputs)
+        except Exception as error:
+            raise WarmUpError(
+                f"Expected warm-up pass {index} to run, got {type(error).__name__}: {error}.",
+                remedy="run the new version on the same inputs by hand; its code or config does not take them.",
+            ) from error
+
+
+def _compare_goldens(module: nn.Module, goldens: tuple[Golden, ...]) -> None:
+    problems: list[Problem] = []
+    for golden in goldens:
+        try:
+            found = call_with(module, golden.inputs)
+        except Exception as error:
+            message = f"{golden.name}: expected an output, got {type(error).__name__}: {error}"
+            problems.append(Problem(code="GOLDEN_MISMATCH", message=message))
+            continue
+        for where, message in _find_differences(golden.outputs, found, golden):
+            problems.append(Problem(code="GOLDEN_MISMATCH", message=f"{golden.name}{where}: {message}"))
+    if problems:
+        raise GoldenMismatchError(
+            "Expected the golden outputs, got others.",
+            problems=problems,
+            remedy="if the new outputs are right, record new golden outputs; else fix the release.",
+        )
+
+
+def _find_differences(expected: Any, found: Any, golden: Golden, where: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(expected, torch.Tensor):
+        if message := _describe_difference(expected, found, golden):
+            yield where, message
+    elif isinstance(expected, Mapping):
+        keys = set(found) if isinstance(found, Mapping) else set()
+        if set(expected) != keys:
+            yield where, f"expected the keys {sorted(map(str, expected))}, got {sorted(map(str, keys))}"
+        for key in [key for key in expected if key in keys]:
+            yield from _find_differences(expected[key], found[key], golden, f"{where}[{key!r}]")
+    elif isinstance(expected, (tuple, list)):
+        if not isinstance(found, (tuple, list)) or len(found) != len(expected):
+            yield where, f"expected {len(expected)} outputs, got {shorten_repr(type(found).__name__)}"
+            return
+        for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+            yield from _find_differences(one, other, golden, f"{where}[{index}]")
+    elif expected != found:
+        yield where, f"expected {shorten_repr(expected)}, got {shorten_repr(found)}"
+
+
+def _describe_difference(expected: torch.Tensor, found: object, golden: Golden) -> str | None:
+    if not isinstance(found, torch.Tensor):
+        return f"expected a tensor, got {type(found).__name__}"
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return (
+            f"expected {expected.dtype} of shape {list(expected.shape)}, got {found.dtype} of shape {list(found.shape)}"
+        )
+    try:
+        torch.testing.assert_close(
+            found.detach(), expected, rtol=golden.rtol, atol=golden.atol, equal_nan=True, check_stride=False
+        )
+    except AssertionError as difference:
+        return " ".join(str(difference).split())
+    return None
+
+
+def _ask(module: nn.Module, checks: tuple[Callable[[nn.Module], object], ...]) -> None:
+    problems: list[Problem] = []
+    cause: Exception | None = None
+    for check in checks:
+        try:
+            answer = check(module)
+        except Exception as error:
+            cause = cause or error
+            problems.append(Problem(code="GATE_FAILED", message=f"{_name(check)} raised {type(error).__name__}: {error}"))
+            continue
+        if answer is not None and answer is not True:
+            message = f"Expected None or True from {_name(check)}, got {shorten_repr(answer)}"
+            problems.append(Problem(code="GATE_FAILED", message=message))
+    if problems:
+        raise CallableCheckError(
+            "Expected every check to pass.", problems=problems, remedy="look at what the named checks measured."
+        ) from cause
+
+
+def _name(check: Callable[..., object]) -> str:
+    return str(getattr(check, "__qualname__", None) or shorten_repr(check))

@@ -1,0 +1,118 @@
+"""Which code holds a staged version: the live structure again, a registered class, or the module that was offered.
+
+Rules this module keeps:
+
+- A class registered for exactly the version that is staged is preferred: that is new code.
+- Else the live structure, if it can read the version and its layout fits; else another registered class that says it reads
+  that version. If nothing fits, the live structure is named, so that the verdict can say what is wrong with it.
+- Building a class draws no random numbers and touches no memory for weights: its initialisers are skipped in this thread
+  alone, because every weight is filled from the source afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from hotglm.breakage import find_unfilled
+from hotglm.contract import Contract
+from hotglm.model.inspection import contract_of
+from hotglm.model.registry import Definition, find_definition, find_definitions, read_config
+from hotglm.slot.generation import Generation
+from hotglm.slot.source import Offer
+from hotglm.version import Version, VersionRange
+
+__all__ = ["Code", "choose_code"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Code:
+    """A module to copy structurally, with its contract.
+
+    Attributes:
+        module: the structure; its weights are not used.
+        contract: what it promises.
+        reads: the versions of weights it can read; None for all that fit.
+        is_new: whether it is not the live generation's own structure.
+    """
+
+    module: nn.Module
+    contract: Contract
+    reads: VersionRange | None
+    is_new: bool
+
+
+def choose_code(offer: Offer, *, live: Generation, version: Version | None) -> Code:
+    """Return the code that is to hold `offer` (see the rules above).
+
+    Raises:
+        DefinitionError: the chosen class cannot be built from the config.
+    """
+    if offer.module is not None:
+        reads = offer.definition.reads if offer.definition else None
+        return Code(module=offer.module, contract=contract_of(offer.module), reads=reads, is_new=True)
+    current = _current(live)
+    registered = find_definitions(live.name)
+    own = find_definition(type(live.module))
+    exact = next((d for d in registered if version is not None and d.version.public == version.public), None)
+    if exact is not None and exact is not own:
+        return _build(exact, offer, live)
+    if _can_hold(current, offer, version):
+        return current
+    for definition in registered:
+        if definition is not own and version is not None and definition.reads and version in definition.reads:
+            built = _build(definition, offer, live)
+            if _can_hold(built, offer, version):
+                return built
+    return current
+
+
+def _current(live: Generation) -> Code:
+    own = find_definition(type(live.module))
+    return Code(module=live.module, contract=live.contract, reads=own.reads if own else None, is_new=False)
+
+
+def _can_hold(code: Code, offer: Offer, version: Version | None) -> bool:
+    readable = version is None or code.reads is None or version in code.reads
+    return readable and next(find_unfilled(code.contract, offer.contract), None) is None
+
+
+def _build(definition: Definition, offer: Offer, live: Generation) -> Code:
+    config: Mapping[str, Any] | None = offer.config if offer.config is not None else read_config(live.module)
+    with torch.inference_mode(False), torch.enable_grad(), _SkipInitialisers():
+        module = definition.build(config)
+    module.train(live.module.training)
+    return Code(module=module, contract=contract_of(module), reads=definition.reads, is_new=True)
+
+
+_FILLS = frozenset(
+    {"normal_", "uniform_", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "random_"}
+)
+_DRAWS = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"})
+
+
+class _SkipInitialisers(TorchFunctionMode):
+    """Leaves parameters as they were allocated, and draws everything else from a generator of its own; this thread only.
+
+    The service's generator must not move because a model is loaded (its dropout would change), and weights that are about
+    to be filled from a source need no values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, options = getattr(func, "__name__", ""), dict(kwargs or {})
+        if name in _FILLS and args and isinstance(args[0], nn.Parameter):
+            return args[0]
+        if name in _FILLS or name in _DRAWS:
+            options.setdefault("generator", self._generator)
+        return func(*args, **options)

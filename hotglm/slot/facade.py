@@ -1,0 +1,176 @@
+"""The part of a slot that makes it an `nn.Module`: everything a module can be asked is asked of the live one.
+
+Rules this module keeps:
+
+- One call, one generation: a delegated method is looked up on the live module and runs there to its end.
+- `_parameters`, `_buffers`, `_modules` and the hook dictionaries are those of the live module, so that code of torch that
+  looks into a module, instead of calling it, finds what is live and adds no prefix to names.
+- What would change weights in place or move them elsewhere is refused, unless it changes nothing.
+- A name with a leading underscore may be set on the slot itself, for the bookkeeping of frameworks; any other is refused,
+  because it would be gone, or wrong, after the next update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from hotglm.errors import SlotStateError
+
+if TYPE_CHECKING:
+    from hotglm.slot.admission import Admission
+
+__all__ = ["ModuleFacade"]
+
+
+class ModuleFacade(nn.Module):
+    """An `nn.Module` that stands for `self._admission.live.generation.module`."""
+
+    __hotglm_slot__ = True
+    _admission: Admission
+
+    def __init__(self) -> None:
+        """Never called: a slot has no parts of its own to initialise."""
+        raise TypeError("ModuleFacade is made by ModuleSlot only")
+
+    @property
+    def _live_module(self) -> nn.Module:
+        return self._admission.live.generation.module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one pass; the same as calling the slot."""
+        return self(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode on the live module and on those held for rollback; later generations copy it."""
+        live = self._admission.live
+        for generation in (*live.held, live.generation):
+            generation.module.train(mode)
+        return self
+
+    def eval(self) -> Any:
+        """Set evaluation mode; see `train`."""
+        return self.train(False)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]  # torch declares a plain attribute
+        """Whether the live module is in training mode."""
+        return self._live_module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self._live_module.training = mode
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the live module in place (`nn.Module.compile`)."""
+        self._live_module.compile(*args, **kwargs)
+        self._admission.refresh_call()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Let conversions pass that change nothing; refuse those that would move or convert live weights."""
+        module = self._live_module
+        for tensor in (*module.parameters(), *module.buffers()):
+            with torch.no_grad():
+                result = fn(tensor)
+            if result is not tensor and not (result.data_ptr() == tensor.data_ptr() and result.dtype is tensor.dtype):
+                self._refuse_write("conversion or move of the live weights", "slot.update(converted_module)")
+        return self
+
+    def share_memory(self) -> NoReturn:
+        """Refuse: live weights lie in the slot's own memory."""
+        self._refuse_write("share_memory() on a slot", "slot.live.module.state_dict() in shared memory of your own")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: it writes live weights in place, tensor by tensor. `slot.update(state_dict)` does not."""
+        self._refuse_write("load_state_dict() on a slot, which tears passes", "slot.update(state_dict)")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse_write("load_state_dict() on a module that has a slot in it", "slot.update(state_dict) for that part")
+
+    def register_parameter(self, name: str, param: Any) -> NoReturn:
+        """Refuse; see `__setattr__`."""
+        self._refuse_write(f"parameter {name!r} on a slot", "slot.update(module)")
+
+    def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> NoReturn:
+        """Refuse; see `__setattr__`."""
+        self._refuse_write(f"buffer {name!r} on a slot", "slot.update(module)")
+
+    def add_module(self, name: str, module: Any) -> NoReturn:
+        """Refuse; see `__setattr__`."""
+        self._refuse_write(f"submodule {name!r} on a slot", "slot.update(module)")
+
+    def _refuse_write(self, what: str, instead: str) -> NoReturn:
+        raise SlotStateError(f"Expected the live version to stay as it is, got {what}.", remedy=f"use {instead}.")
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the live module's attribute; a bound method runs in that generation to its end."""
+        if name == "_admission":  # not there yet: a slot that is being made
+            raise AttributeError(name)
+        return getattr(self._live_module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set bookkeeping names (with a leading underscore) on the slot; refuse others."""
+        if name.startswith("_") or isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+            return
+        raise AttributeError(
+            f"Cannot set {name!r} on a slot: the next update would undo it. Set it on the module before it is given to "
+            f"the slot, or on slot.live.module, from which later generations copy it."
+        )
+
+    def __delattr__(self, name: str) -> None:
+        """Delete what was set on the slot itself."""
+        object.__delattr__(self, name)
+
+    def __dir__(self) -> list[str]:
+        """List the slot's own names and the live module's."""
+        return sorted({*object.__dir__(self), *dir(self._live_module)})
+
+    def __repr__(self) -> str:
+        """Show the live generation and its module."""
+        generation = self._admission.live.generation
+        inner = repr(generation.module).replace("\n", "\n  ")
+        return f"{type(self).__name__}({generation.name!r}, version {generation.version}, {inner})"
+
+
+def _delegate(name: str) -> Callable[..., Any]:
+    original = getattr(nn.Module, name)
+
+    def method(self: ModuleFacade, *args: Any, **kwargs: Any) -> Any:
+        module = self._live_module
+        result = getattr(module, name)(*args, **kwargs)
+        return self if result is module else result
+
+    method.__name__, method.__doc__ = name, getattr(original, "__doc__", None)
+    return method
+
+
+def _view(name: str) -> property:
+    def look(self: ModuleFacade) -> Any:
+        return getattr(self._live_module, name)
+
+    return property(look)
+
+
+_RUN_ON_THE_SLOT = frozenset(
+    # These end in `self._apply`, which decides.
+    {"to", "to_empty", "cuda", "cpu", "xpu", "ipu", "hpu", "mtia", "type", "float", "double", "half", "bfloat16"}
+)
+"""Methods of `nn.Module` that are not delegated although the facade does not define them."""
+
+
+def _find_delegated() -> Iterator[str]:
+    for name, value in vars(nn.Module).items():
+        special = name.startswith("__") or name in _RUN_ON_THE_SLOT or name in vars(ModuleFacade)
+        if callable(value) and not special:
+            yield name
+
+
+for _name in list(_find_delegated()):
+    setattr(ModuleFacade, _name, _delegate(_name))
+for _name in vars(nn.Module()):
+    if _name != "training":
+        setattr(ModuleFacade, _name, _view(_name))

@@ -1,0 +1,140 @@
+"""Generations: one version inside a slot, from staging to spare memory.
+
+Rules this module keeps:
+
+- A generation is never changed once it is made; what changes is who refers to it.
+- Its number only grows, and belongs in the key of every cache of results (`(generation.number, key)`): a cache filled
+  under one version answers wrongly under the next.
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from hotglm.contract import Contract
+from hotglm.version import Version
+
+if TYPE_CHECKING:
+    from hotglm.weights.arena import Arena
+
+__all__ = ["TRANSITIONS", "Generation", "Retired", "State"]
+
+
+class State(enum.Enum):
+    """Where a version is on its way through a slot; `TRANSITIONS` says what may follow what."""
+
+    STAGING = "staging"
+    STAGED = "staged"
+    LIVE_ON_TRIAL = "live, on trial"
+    LIVE_CONFIRMED = "live, confirmed"
+    DRAINING = "draining"
+    SPARE = "spare"
+    FAILED = "failed"
+    DISCARDED = "discarded"
+
+
+TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
+    {
+        State.STAGING: frozenset({State.STAGED, State.FAILED, State.DISCARDED}),
+        State.STAGED: frozenset({State.LIVE_ON_TRIAL, State.DISCARDED}),
+        State.LIVE_ON_TRIAL: frozenset({State.LIVE_CONFIRMED, State.DRAINING}),
+        State.LIVE_CONFIRMED: frozenset({State.DRAINING}),
+        # Held as rollback target, or waiting for its last pass: the same state, because passes may run in both.
+        State.DRAINING: frozenset({State.LIVE_ON_TRIAL, State.LIVE_CONFIRMED, State.SPARE}),
+        State.SPARE: frozenset({State.STAGING}),
+        State.FAILED: frozenset(),
+        State.DISCARDED: frozenset(),
+    }
+)
+
+
+class Generation:
+    """One version of the model inside a slot.
+
+    As long as anybody refers to a generation, its module, or any tensor of it, its memory is not reused. Keep one for as
+    long as a piece of work lasts (`with slot.acquire() as generation`), not longer.
+
+    Attributes:
+        number: grows by one with every generation of the slot; unique in it.
+        version: what it is a version of.
+        module: the module itself; the caller may run it, and must not write it.
+        contract: what the version promises.
+        digest: digest of its weights, `sha256:...`; None where hashing was turned off or not asked for.
+        digests: digest of each tensor by name; empty where there is none.
+        name: name of the slot.
+    """
+
+    __slots__ = ("__weakref__", "_arena", "contract", "digest", "digests", "module", "name", "number", "version")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        number: int,
+        name: str,
+        version: Version,
+        contract: Contract,
+        digests: Mapping[str, str] | None = None,
+        digest: str | None = None,
+        arena: Arena | None = None,
+    ) -> None:
+        """Put the parts together; made by slots only."""
+        self.module = module
+        self.number = number
+        self.name = name
+        self.version = version
+        self.contract = contract
+        self.digests: Mapping[str, str] = MappingProxyType(dict(digests or {}))
+        self.digest = digest
+        self._arena = arena
+
+    @property
+    def arena(self) -> Arena | None:
+        """The arena its tensors lie in; None for the module that the slot was given."""
+        return self._arena
+
+    def __repr__(self) -> str:
+        """Name the slot, the number and the version."""
+        return f"<Generation {self.number} of {self.name!r}, version {self.version}>"
+
+
+class Retired:
+    """A generation that is neither live nor held: whose memory it is, and whether that is free yet.
+
+    Holds nothing of the generation alive.
+    """
+
+    __slots__ = ("_arena", "_module", "_tensors", "nbytes", "number", "version")
+
+    def __init__(self, generation: Generation, *, nbytes: int) -> None:
+        """Note what can be asked later; the caller then lets go of the generation."""
+        self.number = generation.number
+        self.version = generation.version
+        self.nbytes = nbytes
+        self._module = weakref.ref(generation.module)
+        self._arena = generation.arena
+        tensors = [*generation.module.parameters(), *generation.module.buffers()] if self._arena is None else []
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+
+    @property
+    def arena(self) -> Arena | None:
+        """The arena its tensors lie in, if it had one."""
+        return self._arena
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, if somebody still holds it."""
+        return self._module()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing of it is left in use."""
+        if self._arena is not None:
+            return self._arena.is_free
+        return self._module() is None and all(reference() is None for reference in self._tensors)

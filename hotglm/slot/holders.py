@@ -1,0 +1,179 @@
+"""Who still holds an old generation: passes with their stacks, sessions with their places, and everything else by kind.
+
+Rules this module keeps:
+
+- Looking costs the one who looks, never a pass: passes are found in the interpreter's frames, not in a list they keep.
+- Nothing found here is kept; a report is text and numbers.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import traceback
+import types
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hotglm.errors import shorten_repr
+from hotglm.slot.generation import Generation
+
+__all__ = ["Holder", "Session", "Sessions", "find_passes", "find_references"]
+
+_PASS_CODES = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """One thing that keeps an old generation's memory in use.
+
+    Attributes:
+        kind: a pass that is running, a session that is open, or a module or tensor that somebody refers to.
+        number: the generation it holds.
+        description: one line that says what and where.
+        stack: the Python stack of a pass, empty for others.
+    """
+
+    kind: Literal["pass", "session", "module", "tensor"]
+    number: int
+    description: str
+    stack: str = ""
+
+    def __str__(self) -> str:
+        """Return the description, with the stack under it."""
+        return self.description + (f"\n{self.stack}" if self.stack else "")
+
+
+class Session:
+    """A context manager around several passes of one generation; see `ModuleSlot.acquire`."""
+
+    __slots__ = ("__weakref__", "_generation", "_sessions", "number", "place", "thread")
+
+    def __init__(self, generation: Generation, *, sessions: Sessions) -> None:
+        """Hold `generation` from now on."""
+        self._generation: Generation | None = generation
+        self._sessions = sessions
+        self.number = generation.number
+        self.thread = threading.current_thread().name
+        caller: types.FrameType | None = sys._getframe(2)
+        self.place = f"{caller.f_code.co_filename}:{caller.f_lineno}" if caller else "?"
+        sessions.add(self)
+
+    def __enter__(self) -> Generation:
+        """Return the generation that this session holds until it exits."""
+        if self._generation is None:
+            raise RuntimeError("a session runs once; call slot.acquire() for another")
+        return self._generation
+
+    def __exit__(self, *_: object) -> None:
+        """Let the generation go."""
+        self._generation = None
+        self._sessions.remove(self)
+
+
+class Sessions:
+    """The open sessions of one slot. Adding and removing are single dictionary operations and take no lock."""
+
+    __slots__ = ("_open",)
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._open: dict[int, weakref.ref[Session]] = {}
+
+    def add(self, session: Session) -> None:
+        """Note an open session; a session that is dropped without exiting ends with its last reference."""
+        self._open[id(session)] = weakref.ref(session)
+
+    def remove(self, session: Session) -> None:
+        """Forget a session."""
+        self._open.pop(id(session), None)
+
+    def find(self, number: int) -> Iterator[Holder]:
+        """Yield the open sessions on generation `number`."""
+        for key, reference in list(self._open.items()):
+            session = reference()
+            if session is None:
+                self._open.pop(key, None)
+            elif session.number == number:
+                description = f"session of thread {session.thread!r}, acquired at {session.place}"
+                yield Holder(kind="session", number=number, description=description)
+
+
+def find_passes(module: nn.Module, number: int) -> Iterator[Holder]:
+    """Yield one holder for each thread that is running a forward pass of `module` now, with its stack."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, top in sys._current_frames().items():
+        frame: types.FrameType | None = top
+        while frame is not None:
+            if frame.f_code in _PASS_CODES and frame.f_locals.get("self") is module:
+                stack = "".join(traceback.format_stack(top, limit=12))
+                name = names.get(ident, str(ident))
+                yield Holder(kind="pass", number=number, description=f"pass in thread {name!r}", stack=stack)
+                break
+            frame = frame.f_back
+
+
+def find_references(module: nn.Module | None, *, address: int, nbytes: int, number: int) -> Iterator[Holder]:
+    """Yield what refers to the module, or to tensors in its memory, by kind of referrer.
+
+    Walks every object the garbage collector knows, with the GIL held: for diagnosis, not for a serving thread.
+
+    Args:
+        module: the generation's module, where it still lives.
+        address: first byte of its arena, 0 where it has none.
+        nbytes: size of the arena.
+        number: of the generation.
+    """
+    if module is not None:
+        parts = {id(part): path for path, part in module.named_modules()}
+        for path, part in list(module.named_modules()):
+            for referrer in gc.get_referrers(part):
+                if not _is_internal(referrer, parts):
+                    label = path or type(module).__name__
+                    description = f"module {shorten_repr(label)}, kept by {_describe(referrer)}"
+                    yield Holder(kind="module", number=number, description=description)
+        return
+    for candidate in gc.get_objects():
+        if type(candidate) in (torch.Tensor, nn.Parameter) and _lies_in(candidate, address, nbytes):
+            for referrer in gc.get_referrers(candidate):
+                if isinstance(referrer, types.FrameType) and referrer.f_code.co_filename == __file__:
+                    continue
+                shape = list(candidate.shape)
+                description = f"tensor of shape {shape}, kept by {_describe(referrer)}"
+                yield Holder(kind="tensor", number=number, description=description)
+
+
+def _lies_in(tensor: torch.Tensor, address: int, nbytes: int) -> bool:
+    try:
+        return address <= tensor.data_ptr() < address + nbytes
+    except RuntimeError:  # a tensor without storage of its own: meta, sparse, functional
+        return False
+
+
+def _is_internal(referrer: object, parts: dict[int, str]) -> bool:
+    if isinstance(referrer, types.FrameType):
+        return referrer.f_code.co_filename == __file__ or referrer.f_code in _PASS_CODES
+    if isinstance(referrer, dict):  # the `_modules` of a parent that is part of the same module
+        return any(id(part) in parts for part in referrer.values() if isinstance(part, nn.Module)) and not any(
+            isinstance(key, str) and key.startswith("__") for key in referrer
+        )
+    if isinstance(referrer, types.MethodType):
+        return referrer.__func__.__code__ in _PASS_CODES if isinstance(referrer.__func__, types.FunctionType) else False
+    return isinstance(referrer, (Generation, list, types.GeneratorType))
+
+
+def _describe(referrer: object) -> str:
+    if isinstance(referrer, types.FrameType):
+        return f"a local variable of {referrer.f_code.co_qualname} ({referrer.f_code.co_filename}:{referrer.f_lineno})"
+    if isinstance(referrer, types.MethodType):
+        return f"the bound method {referrer.__func__.__qualname__}"
+    if isinstance(referrer, dict):
+        name = referrer.get("__name__")
+        return f"a global of module {name}" if name else f"a dict with keys {shorten_repr(sorted(map(str, referrer))[:5])}"
+    return f"a {type(referrer).__qualname__}"

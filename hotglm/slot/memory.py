@@ -1,0 +1,191 @@
+"""The arenas of a slot: planned before they are taken, lent in turns, given up to whoever will not let go.
+
+Rules this module keeps:
+
+- At most two copies of the weights: the live one and one more (P9). The one more is first of all the version that can be
+  rolled back to, and becomes the spare when a stage needs it.
+- Weights of at most `MemoryPolicy.small_nbytes` get a third arena, out of the fixed ring, so that a stage that fails
+  leaves the rollback target untouched. For larger ones the user decides with `max_copies`.
+- An arena that somebody outside still holds is never written; it is left to them and another one is taken, if the plan
+  allows it (`[Note: lease]` in weights/arena.py).
+- The plan is made, and may be refused, before anything is allocated or given up.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hotglm.errors import ArgumentError, MemoryPlanError
+from hotglm.weights.arena import Arena
+
+__all__ = ["ArenaPool", "MemoryPlan", "MemoryPolicy", "read_available_nbytes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPolicy:
+    """How much memory a slot may use beside the live generation.
+
+    Attributes:
+        max_copies: copies of the weights, the live one included, 2 or more. With 2, a stage that has begun to fill the
+            spare has used up the rollback target; with 3 it has not.
+        small_nbytes: weights up to this size get one copy more than `max_copies`, in bytes.
+        limit_nbytes: most bytes in all arenas of the slot, given-up ones included; None means what the machine, the
+            container and the process limits leave.
+        drain_timeout_s: how long a stage waits for passes to leave the memory it needs before it takes other memory,
+            in seconds. Applies only while passes or sessions are running in it.
+    """
+
+    max_copies: int = 2
+    small_nbytes: int = 64 << 20
+    limit_nbytes: int | None = None
+    drain_timeout_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ArgumentError: `max_copies` below 2, or something negative.
+        """
+        if self.max_copies < 2 or self.small_nbytes < 0 or self.drain_timeout_s < 0 or (self.limit_nbytes or 0) < 0:
+            raise ArgumentError(
+                f"Expected max_copies >= 2 and no negative size or time, got {self}.",
+                remedy="a slot needs the live copy and a spare; use limit_nbytes to bound bytes.",
+            )
+
+    def count_copies(self, nbytes: int) -> int:
+        """Return how many copies of weights of `nbytes` the slot may hold."""
+        return self.max_copies + (1 if nbytes <= self.small_nbytes else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Where the spare's memory comes from.
+
+    Attributes:
+        nbytes: size of the spare.
+        reuses: whether an arena that is free now is taken.
+        retires: numbers of the held generations that are given up for it, the rollback targets that end here.
+        allocates_nbytes: fresh memory, 0 where an arena is reused.
+        available_nbytes: what the machine and its limits left when the plan was made.
+    """
+
+    nbytes: int
+    reuses: bool
+    retires: tuple[int, ...]
+    allocates_nbytes: int
+    available_nbytes: int
+
+    def explain(self) -> str:
+        """Return the plan as one sentence."""
+        origin = "a free arena" if self.reuses else f"{self.allocates_nbytes} fresh bytes of {self.available_nbytes} available"
+        given_up = f"; gives up generation {', '.join(map(str, self.retires))} as rollback target" if self.retires else ""
+        return f"The spare takes {self.nbytes} bytes from {origin}{given_up}."
+
+
+class ArenaPool:
+    """The arenas that belong to one slot. Used by one staging thread at a time; holds no lock."""
+
+    def __init__(self) -> None:
+        """Start with no memory."""
+        self._arenas: list[Arena] = []
+        self._given_up: list[Arena] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all arenas of the slot, those that outsiders still hold included."""
+        self._forget_dead()
+        return sum(arena.nbytes for arena in [*self._arenas, *self._given_up])
+
+    @property
+    def given_up_nbytes(self) -> int:
+        """Bytes in arenas that only outsiders still hold."""
+        self._forget_dead()
+        return sum(arena.nbytes for arena in self._given_up)
+
+    def find_free(self, nbytes: int) -> Arena | None:
+        """Return the smallest free arena that holds `nbytes`, or None."""
+        fitting = [arena for arena in self._arenas if arena.is_free and arena.nbytes >= nbytes]
+        return min(fitting, key=lambda arena: arena.nbytes, default=None)
+
+    def allocate(self, nbytes: int) -> Arena:
+        """Map a new arena; free ones that are too small for it are dropped first.
+
+        Raises:
+            MemoryPlanError: the system has no such memory.
+        """
+        self._arenas = [arena for arena in self._arenas if not arena.is_free or arena.nbytes >= nbytes]
+        arena = Arena(nbytes)
+        self._arenas.append(arena)
+        return arena
+
+    def give_up(self, arena: Arena) -> None:
+        """Leave an arena to those who hold it; it unmaps itself when they let go."""
+        if arena in self._arenas:
+            self._arenas.remove(arena)
+            self._given_up.append(arena)
+
+    def trim(self, keep: Iterable[Arena]) -> None:
+        """Drop free arenas other than `keep`, so that a slot at rest holds no memory it has no use for."""
+        kept = list(keep)
+        self._arenas = [arena for arena in self._arenas if not arena.is_free or any(arena is k for k in kept)]
+
+    def _forget_dead(self) -> None:
+        self._given_up = [arena for arena in self._given_up if not arena.is_free]
+
+
+def verify_fits(nbytes: int, *, pool_nbytes: int, policy: MemoryPolicy, available_nbytes: int, holders: str) -> None:
+    """Return when `nbytes` of fresh memory are allowed and there.
+
+    Raises:
+        MemoryPlanError: they are not; the text names who holds old memory.
+    """
+    limit = policy.limit_nbytes
+    if limit is not None and pool_nbytes + nbytes > limit:
+        raise MemoryPlanError(
+            f"Expected at most {limit} bytes in all arenas, got {pool_nbytes} there and {nbytes} more to take.{holders}",
+            remedy="let go of what holds old generations, or raise MemoryPolicy.limit_nbytes.",
+        )
+    if nbytes > available_nbytes:
+        raise MemoryPlanError(
+            f"Expected {nbytes} bytes of memory for the spare, got {available_nbytes} available.{holders}",
+            remedy="free memory on the machine, raise the container's or process's limit, or let go of old generations.",
+        )
+
+
+def read_available_nbytes() -> int:
+    """Return how many bytes this process can still take: the least of machine, container and process limits."""
+    return min(_read_machine(), _read_container(), _read_process())
+
+
+_UNKNOWN = 1 << 62
+
+
+def _read_machine() -> int:
+    for line in _read_text("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return _UNKNOWN
+
+
+def _read_container() -> int:
+    limit, used = _read_text("/sys/fs/cgroup/memory.max").strip(), _read_text("/sys/fs/cgroup/memory.current").strip()
+    return int(limit) - int(used) if limit.isdigit() and used.isdigit() else _UNKNOWN
+
+
+def _read_process() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return _UNKNOWN
+    pages = _read_text("/proc/self/statm").split()
+    return max(0, soft - int(pages[0]) * os.sysconf("SC_PAGE_SIZE")) if pages else _UNKNOWN
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""

@@ -1,0 +1,122 @@
+"""Receipts: what was done, what was proved and how long each part took (P12).
+
+Rules this module keeps: a receipt is data; it holds no generation, module or tensor, so that keeping every receipt of a
+service's life costs no weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from hotglm.slot.memory import MemoryPlan
+from hotglm.verdict import Verdict
+from hotglm.version import Version
+
+__all__ = ["Progress", "Receipt", "StageTiming"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a stage is: its current part, and bytes loaded of all bytes to load."""
+
+    part: str
+    done_nbytes: int
+    total_nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTiming:
+    """How long one part of a stage took, in seconds, and the bytes it moved where it moved any."""
+
+    part: str
+    duration_s: float
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """The record of one commit, rollback or refusal.
+
+    Attributes:
+        action: `"committed"`, `"rolled back"` or `"refused"`.
+        slot: name of the slot.
+        old_version: what was live before.
+        new_version: what is live now; for a refusal, what was offered, where that is known.
+        old_number: generation that was live before.
+        new_number: generation that is live now; for a refusal, the one that still is.
+        source: what the weights came from, in words.
+        digest: digest of what is live now.
+        digests: digest of each of its tensors.
+        verdict: the decision, where there was one.
+        plan: where the memory came from.
+        timings: the parts of the stage, in order.
+        checks: what was proved, in words.
+        carried: derived state that kept its value, by name.
+        refreshed: refresh methods that ran.
+        converted: tensors whose dtype was converted.
+        commit_s: time from entering the commit to the new generation being visible, in seconds.
+        at_s: wall-clock time, seconds since 1970.
+        code: error code of a refusal, else empty.
+    """
+
+    action: str
+    slot: str
+    old_version: Version
+    new_version: Version | None
+    old_number: int
+    new_number: int
+    source: str = ""
+    digest: str | None = None
+    digests: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    verdict: Verdict | None = None
+    plan: MemoryPlan | None = None
+    timings: tuple[StageTiming, ...] = ()
+    checks: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    refreshed: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
+    commit_s: float = 0.0
+    at_s: float = 0.0
+    code: str = ""
+
+    @property
+    def stage_s(self) -> float:
+        """Seconds from the start of the stage to the proved spare."""
+        return sum(timing.duration_s for timing in self.timings)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that were loaded."""
+        return sum(timing.nbytes for timing in self.timings if timing.part == "load")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the receipt as data that `json.dumps` takes."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("verdict", "plan")}
+        plain |= {
+            "old_version": str(self.old_version),
+            "new_version": None if self.new_version is None else str(self.new_version),
+            "digests": dict(self.digests),
+            "timings": [dataclasses.asdict(timing) for timing in self.timings],
+            "verdict": None if self.verdict is None else self.verdict.explain(),
+            "plan": None if self.plan is None else self.plan.explain(),
+        }
+        return plain
+
+    def explain(self) -> str:
+        """Return the receipt as text of a few lines."""
+        lines = [
+            f"{self.slot}: {self.action} {self.old_version} -> {self.new_version} "
+            f"(generation {self.old_number} -> {self.new_number}) in {self.commit_s * 1e6:.0f} us"
+        ]
+        if self.timings:
+            parts = ", ".join(f"{timing.part} {timing.duration_s * 1e3:.1f} ms" for timing in self.timings)
+            lines.append(f"  staged from {self.source} in {self.stage_s * 1e3:.1f} ms: {parts}")
+        lines += [f"  digest {self.digest}"] if self.digest else []
+        lines += [f"  proved: {', '.join(self.checks)}"] if self.checks else []
+        lines += [f"  recomputed: {', '.join(self.refreshed)}"] if self.refreshed else []
+        lines += [f"  carried over: {', '.join(self.carried)}"] if self.carried else []
+        return "\n".join(lines)

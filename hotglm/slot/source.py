@@ -1,0 +1,208 @@
+"""What may be staged: files, directories, mappings and modules, made to look alike.
+
+Rules this module keeps:
+
+- Opening a source reads headers and metadata only; no weight is read, copied or checked here.
+- What the source does not say (version, name, config, digests) stays None; nothing is guessed.
+- A source that was opened is closed by its owner, on every path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from hotglm.contract import Contract
+from hotglm.errors import ArgumentError, Problem, TensorValueError, shorten_repr
+from hotglm.model.inspection import contract_of, find_state
+from hotglm.model.registry import Definition, find_definition, read_config
+from hotglm.release.files import WeightFiles, open_weights
+from hotglm.version import Version
+from hotglm.weights.dtypes import LOADABLE_DTYPES, TORCH_DTYPES, dtype_name
+
+__all__ = ["Offer", "Source", "open_source"]
+
+Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module
+"""A safetensors file, a shard index, a directory, a mapping of names to tensors, or a module."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """An opened source.
+
+    Attributes:
+        label: what to call it in texts.
+        contract: of its tensors alone; kinds, persistence and ties unknown.
+        nbytes: bytes of its tensors.
+        name: model name it carries.
+        version: version it carries.
+        config: config it carries.
+        requires: requirements it carries.
+        digests: digests its tensors must have.
+        files: open files, for a file source.
+        tensors: tensors, for a mapping or module.
+        module: the module, for a module source: its structure is what holds the weights.
+        definition: what is declared of the module's class.
+    """
+
+    label: str
+    contract: Contract
+    nbytes: int
+    name: str | None = None
+    version: Version | None = None
+    config: Mapping[str, Any] | None = None
+    requires: tuple[str, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
+    files: WeightFiles | None = None
+    tensors: Mapping[str, torch.Tensor] | None = None
+    module: nn.Module | None = None
+    definition: Definition | None = None
+
+    def close(self) -> None:
+        """Close the files; may be called twice."""
+        if self.files is not None:
+            self.files.close()
+
+    def with_dtypes_of(self, code: Contract) -> Offer:
+        """Return the offer as it will be after floating-point tensors are converted to the dtypes of `code`."""
+        state = dict(self.contract.state)
+        for name, spec in self.contract.state.items():
+            target = code.state.get(name)
+            if target is not None and _is_floating(spec.dtype) and _is_floating(target.dtype):
+                state[name] = replace(spec, dtype=target.dtype)
+        return replace(self, contract=replace(self.contract, state=MappingProxyType(state)))
+
+
+def _is_floating(name: str) -> bool:
+    dtype = TORCH_DTYPES.get(name)
+    return dtype is not None and dtype.is_floating_point
+
+
+def open_source(source: Source) -> Offer:
+    """Open `source` and read what it says about itself.
+
+    Raises:
+        ArgumentError: it is none of the kinds of `Source`.
+        SourceError: the file, index, directory or mapping cannot be used; everything that is wrong is named.
+        ModuleError: a module that no slot can hold.
+    """
+    if isinstance(source, nn.Module):
+        return _offer_module(source)
+    if isinstance(source, Mapping):
+        return _offer_tensors(source)
+    if isinstance(source, (str, os.PathLike)):
+        return _offer_files(source)
+    raise ArgumentError(
+        f"Expected a path, a mapping of names to tensors or a module as source, got {shorten_repr(type(source).__name__)}.",
+        remedy="pass model.state_dict() for tensors, or the path of a .safetensors file, index or directory.",
+    )
+
+
+def _offer_files(source: str | os.PathLike[str]) -> Offer:
+    files = open_weights(source)
+    try:
+        tensors = {name: (at.entry.torch_dtype, at.entry.shape) for name, at in files.tensors.items()}
+        version = files.metadata.get("hotglm.version")
+        return Offer(
+            label=ascii(files.path),
+            contract=Contract.of_tensors(tensors),
+            nbytes=files.total_nbytes,
+            name=files.metadata.get("hotglm.name"),
+            version=None if version is None else Version(version),
+            config=files.config,
+            requires=tuple(_read_list(files, "hotglm.requires")),
+            digests=_read_digests(files),
+            files=files,
+        )
+    except BaseException:
+        files.close()
+        raise
+
+
+def _read_list(files: WeightFiles, key: str) -> list[str]:
+    value = _read_json(files, key, [])
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def _read_digests(files: WeightFiles) -> Mapping[str, str]:
+    value = _read_json(files, "hotglm.digests", {})
+    known = isinstance(value, dict) and all(
+        name in files.tensors and isinstance(digest, str) for name, digest in value.items()
+    )
+    if not known:
+        raise _bad_metadata(files, "hotglm.digests", "a JSON object from names of tensors in the file to digests")
+    return MappingProxyType(value)
+
+
+def _read_json(files: WeightFiles, key: str, default: object) -> Any:
+    text = files.metadata.get(key)
+    if text is None:
+        return default
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise _bad_metadata(files, key, "JSON") from None
+
+
+def _bad_metadata(files: WeightFiles, key: str, expected: str) -> TensorValueError:
+    problem = Problem(code="BAD_METADATA", message=f"Expected {expected} in metadata {key!r}", file=files.path)
+    return TensorValueError(
+        "Expected usable metadata.", problems=[problem], remedy="write the file with hotglm.save_weights."
+    )
+
+
+def _offer_tensors(source: Mapping[str, torch.Tensor]) -> Offer:
+    tensors = dict(source)
+    problems = [
+        Problem(code="BAD_TENSOR", message=f"Expected a dense tensor with memory, got {why}", tensor=str(name))
+        for name, tensor in tensors.items()
+        if (why := _why_unusable(name, tensor))
+    ]
+    if problems:
+        raise TensorValueError(
+            "Expected a mapping of names to tensors.", problems=problems, remedy="pass model.state_dict() or the like."
+        )
+    return Offer(
+        label=f"a mapping of {len(tensors)} tensors",
+        contract=Contract.of_tensors({name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}),
+        nbytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        tensors=tensors,
+    )
+
+
+def _why_unusable(name: object, tensor: object) -> str | None:
+    if not isinstance(name, str):
+        return f"the name {shorten_repr(name)}, which is not text"
+    if not isinstance(tensor, torch.Tensor):
+        return f"{shorten_repr(type(tensor).__name__)}"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return f"a {tensor.layout} tensor, quantised or nested"
+    if tensor.is_meta:
+        return "a meta tensor"
+    return None if tensor.dtype in LOADABLE_DTYPES or tensor.dtype.is_complex else f"dtype {dtype_name(tensor.dtype)}"
+
+
+def _offer_module(module: nn.Module) -> Offer:
+    contract = contract_of(module)
+    definition = find_definition(type(module))
+    tensors = {entry.name: entry.tensor for entry in find_state(module) if entry.persistent}
+    persistent = {name: (spec.dtype, spec.shape) for name, spec in contract.state.items() if spec.persistent}
+    return Offer(
+        label=f"a module of class {type(module).__qualname__}",
+        contract=Contract.of_tensors(persistent),
+        nbytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        name=definition.name if definition else None,
+        version=definition.version if definition else None,
+        config=read_config(module),
+        requires=definition.requires if definition else (),
+        tensors=tensors,
+        module=module,
+        definition=definition,
+    )

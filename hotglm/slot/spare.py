@@ -1,0 +1,178 @@
+"""Taking the spare: planning memory, ending rollback targets for it, waiting for the last pass, giving up what is held.
+
+Rules this module keeps:
+
+- Plan first: `plan_spare` changes nothing and may refuse; `take_spare` does what the plan said.
+- Waiting is bounded, by a time and by sense: what no pass or session is running in will not be let go of by waiting.
+- Whoever holds a generation past the wait is named in an event, and keeps the memory; it is never written under them.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from hotglm.errors import ConflictError
+from hotglm.slot.admission import Admission
+from hotglm.slot.generation import Generation, Retired
+from hotglm.slot.holders import Holder, Sessions, find_passes
+from hotglm.slot.memory import ArenaPool, MemoryPlan, MemoryPolicy, read_available_nbytes, verify_fits
+from hotglm.weights.arena import Arena
+from hotglm.weights.workers import Cancellation
+
+__all__ = ["Spares", "weights_nbytes"]
+
+_GRACE_S = 0.05
+"""How long references that are on their way out are waited for where no pass or session is running."""
+
+_MAX_POLL_S = 0.01
+
+
+@dataclass(slots=True, kw_only=True)
+class Spares:
+    """Memory of one slot: its arenas, and the generations that have left but may still be held.
+
+    Used under the slot's staging turn; `retired` may be read at any time.
+    """
+
+    admission: Admission
+    sessions: Sessions
+    policy: MemoryPolicy
+    on_held: Callable[[Retired, tuple[Holder, ...]], None]
+    pool: ArenaPool = field(default_factory=ArenaPool)
+    retired: tuple[Retired, ...] = ()
+
+    def plan(self, nbytes: int) -> MemoryPlan:
+        """Return where `nbytes` for a spare will come from; change nothing.
+
+        Raises:
+            MemoryPlanError: they are not to be had within the policy and the limits.
+        """
+        available = read_available_nbytes()
+        if self.pool.find_free(nbytes) is not None:
+            return MemoryPlan(nbytes=nbytes, reuses=True, retires=(), allocates_nbytes=0, available_nbytes=available)
+        retires = self._choose_retired(nbytes)
+        freed = [generation for generation in retires if self._has_room(generation, nbytes)]
+        allocates = 0 if freed else nbytes
+        if allocates:
+            returned = sum(weights_nbytes(generation) for generation in retires if generation.arena is None)
+            verify_fits(
+                allocates,
+                pool_nbytes=self.pool.nbytes,
+                policy=self.policy,
+                available_nbytes=available + returned,
+                holders=self.describe_holders(),
+            )
+        return MemoryPlan(
+            nbytes=nbytes,
+            reuses=False,
+            retires=tuple(generation.number for generation in retires),
+            allocates_nbytes=allocates,
+            available_nbytes=available,
+        )
+
+    def take(self, plan: MemoryPlan, *, cancellation: Cancellation) -> tuple[Arena, bool]:
+        """Return a free arena for `plan`, and whether its memory is fresh.
+
+        Raises:
+            MemoryPlanError: memory that was there when it was planned has gone.
+        """
+        for number in plan.retires:
+            self._retire(number, cancellation)
+        arena = self.pool.find_free(plan.nbytes)
+        if arena is not None:
+            return arena, False
+        verify_fits(
+            plan.nbytes,
+            pool_nbytes=self.pool.nbytes,
+            policy=self.policy,
+            available_nbytes=read_available_nbytes(),
+            holders=self.describe_holders(),
+        )
+        return self.pool.allocate(plan.nbytes), True
+
+    def wait_until_free(self, retired: Retired, *, timeout_s: float, cancellation: Cancellation) -> bool:
+        """Wait until nothing of `retired` is in use; return whether that came to be.
+
+        Returns early where nobody is running in it: a reference that is merely kept does not go away by waiting. Then one
+        garbage collection is tried, for modules that refer to themselves in a circle.
+        """
+        started = time.monotonic()
+        pause, collected = 0.0, False
+        while not retired.is_free:
+            cancellation.raise_if_cancelled()
+            elapsed = time.monotonic() - started
+            if elapsed >= timeout_s:
+                return False
+            if elapsed > _GRACE_S and next(self.find_runners(retired), None) is None:
+                if collected:
+                    return retired.is_free
+                gc.collect()
+                collected = True
+            time.sleep(pause)
+            pause = min(_MAX_POLL_S, 2 * pause + 1e-4)
+        return True
+
+    def find_runners(self, retired: Retired) -> Iterator[Holder]:
+        """Yield the passes and sessions that are running in a retired generation."""
+        yield from self.sessions.find(retired.number)
+        module = retired.module
+        if module is not None:
+            yield from find_passes(module, retired.number)
+
+    def forget_free(self) -> tuple[Retired, ...]:
+        """Forget the retired generations that nobody holds any more; return them."""
+        free = tuple(retired for retired in self.retired if retired.is_free)
+        self.retired = tuple(retired for retired in self.retired if all(retired is not other for other in free))
+        return free
+
+    def describe_holders(self) -> str:
+        """Return one sentence on who holds old generations, empty when nobody does."""
+        self.forget_free()
+        parts = []
+        for retired in self.retired:
+            runners = [holder.description for holder in self.find_runners(retired)]
+            what = "; ".join(runners) or "references kept outside the slot (see slot.find_holders())"
+            parts.append(f"generation {retired.number} ({retired.nbytes} bytes) is held by {what}")
+        return f" Still held: {'. '.join(parts)}." if parts else ""
+
+    def _choose_retired(self, nbytes: int) -> tuple[Generation, ...]:
+        held = self.admission.live.held
+        num_too_many = 1 + len(held) + 1 - self.policy.count_copies(nbytes)
+        # The last in `held` were live the longest time ago.
+        return tuple(reversed(held))[: max(0, num_too_many)]
+
+    def _has_room(self, generation: Generation, nbytes: int) -> bool:
+        return generation.arena is not None and generation.arena.nbytes >= nbytes
+
+    def retire_now(self, generation: Generation) -> Retired | None:
+        """Stop holding a generation for rollback, and watch its memory from now on; None if it was not held."""
+        retired = Retired(generation, nbytes=weights_nbytes(generation))
+        if not self.admission.retire(generation):
+            return None
+        self.retired = (*self.retired, retired)
+        return retired
+
+    def _retire(self, number: int, cancellation: Cancellation) -> None:
+        generation = next((held for held in self.admission.live.held if held.number == number), None)
+        retired = None if generation is None else self.retire_now(generation)
+        if retired is None:  # a rollback made it live since the plan was made
+            raise ConflictError(
+                f"Expected generation {number} to be a rollback target still, got a rollback to it meanwhile.",
+                remedy="stage again, on top of what is live now.",
+            )
+        del generation  # the last reference of the slot's own; what is left is somebody's (see slot/admission.py)
+        if not self.wait_until_free(retired, timeout_s=self.policy.drain_timeout_s, cancellation=cancellation):
+            if retired.arena is not None:
+                self.pool.give_up(retired.arena)
+            self.on_held(retired, tuple(self.find_runners(retired)))
+
+
+def weights_nbytes(generation: Generation) -> int:
+    """Return the bytes of a generation's weights: of its arena, or of the tensors it came with."""
+    if generation.arena is not None:
+        return generation.arena.nbytes
+    tensors = {id(t): t for t in (*generation.module.parameters(), *generation.module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

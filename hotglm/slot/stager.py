@@ -1,0 +1,191 @@
+"""One stage at a time: turns, superseding, timeouts, and the thread that a stage runs in.
+
+Rules this module keeps:
+
+- Stages of one slot take turns, because there is one spare. `update` keeps its turn until it has committed, so that
+  updates from many threads all succeed, one after the other.
+- A newer stage supersedes an older `stage` that has not been committed: one in flight stops at its next chunk, one that
+  stands ready is discarded. An `update` is never superseded.
+- The caller's thread waits and can be interrupted; the stage's thread then stops at its next chunk.
+- A stage asked for from inside a stage of the same slot (a check, a refresh, a progress callback) is refused: it would wait
+  for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from hotglm.errors import (
+    HotglmError,
+    MemoryPlanError,
+    ReentrantError,
+    StageFailedError,
+    StageTimeoutError,
+    SupersededError,
+)
+from hotglm.slot.receipt import Progress
+from hotglm.slot.spare import Spares
+from hotglm.slot.staging import Staged, StageRecord, StageRequest, stage_version
+from hotglm.weights.workers import Cancellation, lower_priority, start_thread
+
+__all__ = ["Stager"]
+
+_STOP_GRACE_S = 1.0
+"""How long an interrupted or timed-out stage may take to reach its next chunk before its thread is left to itself."""
+
+
+class Stager:
+    """The stages of one slot."""
+
+    def __init__(self, spares: Spares, *, name: str) -> None:
+        """Start with nothing staged."""
+        self._spares = spares
+        self._name = name
+        self.reset_locks()
+        self._latest: weakref.ref[Staged] | None = None
+        self._threads: set[int] = set()
+
+    def reset_locks(self) -> None:
+        """Forget any stage in flight: at the start, and in a forked child, where its thread does not exist."""
+        self._turn = threading.Lock()
+        self._gate = threading.Lock()
+        self._in_flight: Cancellation | None = None
+        self._threads = set()
+
+    @property
+    def staged(self) -> Staged | None:
+        """The stage that waits for its commit, if somebody still refers to it."""
+        return self._latest() if self._latest is not None else None
+
+    @contextlib.contextmanager
+    def turn(self, *, what: str, can_be_superseded: bool) -> Iterator[Cancellation]:
+        """Take the slot's turn at staging; older stages that are not committed are superseded.
+
+        Raises:
+            ReentrantError: the calling thread is inside a stage of this slot.
+        """
+        self._verify_not_inside()
+        cancellation = Cancellation()
+        with self._gate:
+            if self._in_flight is not None:
+                self._in_flight.cancel(self._superseded(what))
+        with self._turn:
+            with self._gate:
+                self._in_flight = cancellation if can_be_superseded else None
+            try:
+                self._threads.add(threading.get_ident())
+                yield cancellation
+            finally:
+                self._threads.discard(threading.get_ident())
+                with self._gate:
+                    self._in_flight = None
+
+    def discard_latest(self, *, by: str) -> Staged | None:
+        """Supersede the stage that waits for its commit; return it if there was one."""
+        staged = self.staged
+        return staged if staged is not None and staged.supersede(by=by) else None
+
+    def run(
+        self, request: StageRequest, record: StageRecord, *, progress: Callable[[Progress], object] | None
+    ) -> Staged:
+        """Run one stage in a thread of its own and wait for it; `progress` is called in this thread.
+
+        Raises:
+            HotglmError: the stage failed; whatever it was, it is typed.
+        """
+        outcomes: queue.SimpleQueue[Progress | Staged | BaseException] = queue.SimpleQueue()
+
+        def work() -> None:
+            self._threads.add(threading.get_ident())
+            lower_priority(request.policy.nice)
+            try:
+                outcomes.put(stage_version(replace(request, report=outcomes.put), self._spares, record))
+            except BaseException as failure:
+                outcomes.put(failure)
+            finally:
+                self._threads.discard(threading.get_ident())
+
+        thread = start_thread(work, name=f"hotglm-stage-{self._name}")
+        try:
+            staged = self._wait(outcomes, request, progress)
+        except BaseException as failure:
+            request.cancellation.cancel(failure)
+            thread.join(_STOP_GRACE_S)
+            _clear_frames(failure)
+            raise
+        thread.join()
+        self._latest = weakref.ref(staged)
+        return staged
+
+    def _wait(
+        self,
+        outcomes: queue.SimpleQueue[Progress | Staged | BaseException],
+        request: StageRequest,
+        progress: Callable[[Progress], object] | None,
+    ) -> Staged:
+        timeout_s = request.policy.timeout_s
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            try:
+                left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                outcome = outcomes.get(timeout=left_s)
+            except queue.Empty:
+                raise StageTimeoutError(
+                    f"Expected the stage to end within {timeout_s} s, got no end.",
+                    remedy="look for a loop or a wait in the new version's code, or raise StagePolicy.timeout_s.",
+                ) from None
+            if isinstance(outcome, Staged):
+                return outcome
+            if isinstance(outcome, BaseException):
+                raise _as_typed(outcome)
+            if progress is not None:
+                progress(outcome)
+
+    def _verify_not_inside(self) -> None:
+        if threading.get_ident() in self._threads:
+            raise ReentrantError(
+                "Expected an update from outside the slot's own staging, got one from inside it.",
+                remedy="let the check, refresh or progress callback return, and update from another thread or afterwards.",
+            )
+
+    def _superseded(self, what: str) -> SupersededError:
+        return SupersededError(
+            f"Expected to be the newest stage, got a newer one: {what}.", remedy="nothing; the newer stage goes on."
+        )
+
+
+def _as_typed(failure: BaseException) -> BaseException:
+    """Return `failure` as one of our errors; those that are not `Exception` stay what they are."""
+    if isinstance(failure, HotglmError) or not isinstance(failure, Exception):
+        return failure
+    text = f"{type(failure).__name__}: {failure}"
+    typed: HotglmError
+    if isinstance(failure, MemoryError) or "can't allocate memory" in text:
+        typed = MemoryPlanError(f"Expected memory for the stage, got {text}.", remedy="free memory and stage again.")
+    else:
+        typed = StageFailedError(
+            f"Expected the stage to run, got {text}.",
+            remedy="see the cause; it was raised by the new version's own code, or by torch while running it.",
+        )
+    typed.__cause__ = failure
+    return typed
+
+
+def _clear_frames(failure: BaseException) -> None:
+    """Clear the local variables of every dead frame in the error and its causes, so that it keeps no spare alive."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [failure]
+    while todo:
+        error = todo.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        todo += [error.__cause__, error.__context__]

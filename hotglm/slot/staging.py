@@ -1,0 +1,445 @@
+"""Staging: from a source to a proved spare, while the live generation serves. May fail anywhere; then nothing changed.
+
+Rules this module keeps:
+
+- The order is: open, choose code, decide, plan, take memory, copy the structure, load, refresh, warm up, check. Everything
+  that headers can decide is decided before a byte is read, and the rollback target is given up only after that (P2, P7).
+- All of it runs in one low-priority thread of its own, and in workers that inherit its priority; the caller waits.
+- A stage that fails leaves no reference behind: frames in the error's traceback are cleared, so that an error that somebody
+  keeps does not keep the spare's memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from hotglm.contract import Contract
+from hotglm.errors import (
+    ArgumentError,
+    DigestMismatchError,
+    DiscardedError,
+    Problem,
+    RefreshError,
+    SlotStateError,
+    SupersededError,
+)
+from hotglm.model.derived import run_refreshers
+from hotglm.model.inspection import StateEntry, contract_of, find_state
+from hotglm.model.twin import Twin, copy_module, lay_out, rebind
+from hotglm.release.environment import read_environment
+from hotglm.slot.checks import GradMode, StagePolicy, run_checks
+from hotglm.slot.code import Code, choose_code
+from hotglm.slot.generation import Generation, State
+from hotglm.slot.memory import MemoryPlan
+from hotglm.slot.receipt import Progress, StageTiming
+from hotglm.slot.source import Offer, Source, open_source
+from hotglm.slot.spare import Spares
+from hotglm.verdict import Candidate, Verdict, decide
+from hotglm.version import Bump, Version
+from hotglm.weights.arena import Arena, Lease
+from hotglm.weights.digest import combine_digests
+from hotglm.weights.layout import Layout
+from hotglm.weights.loader import Loaded, LoadOptions, Target, load_files, load_tensors
+from hotglm.weights.plan import CHUNK_NBYTES
+from hotglm.weights.workers import Cancellation, count_cores, run_tasks
+
+__all__ = ["StageRequest", "Staged", "stage_version"]
+
+_MAX_THREADS = 4
+_LABEL_LENGTH = 12
+"""Hexadecimal digits of the digest in the local label of a version that weights did not carry themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRequest:
+    """Everything a stage needs to know, settled before its thread starts."""
+
+    source: Source
+    version: Version | None
+    name: str
+    accept: Bump
+    policy: StagePolicy
+    constants: tuple[str, ...]
+    digests: Mapping[str, str]
+    config: Mapping[str, Any] | None
+    refresh: Callable[[nn.Module], object] | None
+    mode: GradMode
+    live: Generation
+    number: int
+    owner: object
+    cancellation: Cancellation
+    report: Callable[[Progress], object] = lambda progress: None
+
+
+class Staged:
+    """A version that stands proved beside the live one, and waits to be committed.
+
+    A context manager: leaving it discards what was not committed. Any thread may use it.
+
+    Attributes:
+        version: its version.
+        number: the generation it will be.
+        base: number of the generation that was live when it was staged; `commit` expects that one unless told otherwise.
+        verdict: why it may take the live version's place.
+        plan: where its memory came from.
+        contract: what it promises.
+        digest: digest of its weights, None where hashing was turned off.
+        digests: digest of each tensor, by name.
+        timings: how long each part took.
+        checks: what was proved, in words.
+    """
+
+    def __init__(
+        self, generation: Generation, *, owner: object, base: int, source: str, record: StageRecord
+    ) -> None:
+        """Made by `ModuleSlot.stage` only; `owner` is the slot's admission, which alone may commit it."""
+        self.owner = owner
+        self._lock = threading.Lock()
+        self._generation: Generation | None = generation
+        self._state = State.STAGED
+        self._reason = ""
+        self.base = base
+        self.source = source
+        self.version = generation.version
+        self.number = generation.number
+        self.contract = generation.contract
+        self.digest = generation.digest
+        self.digests = generation.digests
+        self.verdict: Verdict = record.verdict
+        self.plan: MemoryPlan = record.plan
+        self.timings = tuple(record.timings)
+        self.checks = record.checks
+        self.carried = record.carried
+        self.refreshed = record.refreshed
+        self.converted = tuple(record.converted)
+
+    @property
+    def state(self) -> State:
+        """Where it is: staged, committed (then live or later), or discarded."""
+        return self._state
+
+    @property
+    def module(self) -> nn.Module:
+        """The proved module, for a last look; not to be written.
+
+        Raises:
+            DiscardedError, SupersededError: it is no longer staged.
+        """
+        return self.generation.module
+
+    @property
+    def generation(self) -> Generation:
+        """The generation it will be.
+
+        Raises:
+            DiscardedError, SupersededError: it is no longer staged.
+        """
+        generation = self._generation
+        if generation is None:
+            raise self._spent()
+        return generation
+
+    def discard(self) -> bool:
+        """Give the spare back; return whether it was still staged. A committed or discarded stage is left as it is."""
+        return self._end("was discarded")
+
+    def supersede(self, *, by: str) -> bool:
+        """Discard it because a newer stage begins; return whether it was still staged."""
+        return self._end(f"was superseded by {by}")
+
+    def claim(self) -> None:
+        """Mark it as committed.
+
+        Raises:
+            DiscardedError, SupersededError: it is no longer staged.
+        """
+        with self._lock:
+            if self._state is not State.STAGED:
+                raise self._spent()
+            self._state, self._reason = State.LIVE_ON_TRIAL, "was committed already"
+
+    def release(self) -> None:
+        """Let go of the generation after the commit, so that keeping this object keeps no memory."""
+        self._generation = None
+
+    def _end(self, reason: str) -> bool:
+        with self._lock:
+            if self._state is not State.STAGED:
+                return False
+            self._state, self._reason, self._generation = State.DISCARDED, reason, None
+            return True
+
+    def _spent(self) -> SlotStateError:
+        kind = SupersededError if "superseded" in self._reason else DiscardedError
+        return kind(
+            f"Expected a stage that waits for its commit, got version {self.version}, which {self._reason or 'is committed'}.",
+            remedy="stage the source again.",
+        )
+
+    def __enter__(self) -> Staged:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Discard it unless it was committed."""
+        self.discard()
+
+    def __repr__(self) -> str:
+        """Name version, generation and state."""
+        return f"<Staged version {self.version}, generation {self.number}, {self._state.value}>"
+
+
+@dataclass(slots=True, kw_only=True)
+class StageRecord:
+    """What a stage has found out so far; survives its failure, for the receipt."""
+
+    source: str = ""
+    version: Version | None = None
+    verdict: Verdict = None  # type: ignore[assignment]  # set before the first use; a failure before that has none
+    plan: MemoryPlan = None  # type: ignore[assignment]  # likewise
+    timings: list[StageTiming] = field(default_factory=list)
+    checks: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    refreshed: tuple[str, ...] = ()
+    converted: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, part: str, nbytes: int = 0) -> Iterator[None]:
+        """Time one part of the stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings.append(StageTiming(part=part, duration_s=time.perf_counter() - started, nbytes=nbytes))
+
+
+def stage_version(request: StageRequest, spares: Spares, record: StageRecord) -> Staged:
+    """Run a stage to its end, in the calling thread.
+
+    Raises:
+        HotglmError: it cannot be staged; the live generation is as it was.
+    """
+    with record.timed("open"):
+        offer = open_source(request.source)
+    try:
+        return _Stage(request, spares, record, offer).run()
+    finally:
+        offer.close()
+
+
+class _Stage:
+    """One stage on its way; each method is one part of it."""
+
+    def __init__(self, request: StageRequest, spares: Spares, record: StageRecord, offer: Offer) -> None:
+        self._request = request
+        self._spares = spares
+        self._record = record
+        self._offer = offer
+        record.source = offer.label
+        self._declared = request.version or offer.version
+        record.version = self._declared
+
+    def run(self) -> Staged:
+        record, cancellation = self._record, self._request.cancellation
+        with record.timed("decide"):
+            code = self._decide()
+        cancellation.raise_if_cancelled()
+        with record.timed("plan"):
+            entries = list(find_state(code.module))
+            layout = lay_out(entries)
+            record.plan = self._spares.plan(layout.nbytes)
+            if record.plan.retires:  # what would fail later must fail before the rollback target is given up
+                rebind(code.module, constants=self._request.constants)
+        with record.timed("memory"):
+            arena, is_fresh = self._spares.take(record.plan, cancellation=cancellation)
+            if is_fresh:
+                self._populate(arena)
+            lease = arena.lease()
+        with record.timed("copy"):
+            twin = copy_module(code.module, layout=layout, lease=lease, constants=self._request.constants)
+            record.carried = twin.carried
+            self._carry_over(entries, twin)
+        loaded = self._load(twin, layout, lease, entries)
+        generation = self._prove(twin, code, arena, loaded)
+        cancellation.raise_if_cancelled()
+        request = self._request
+        return Staged(
+            generation, owner=request.owner, base=request.live.number, source=self._offer.label, record=record
+        )
+
+    # -- decide ----------------------------------------------------------------------------------------------------------
+
+    def _decide(self) -> Code:
+        request, offer = self._request, self._offer
+        if self._declared is None and not request.policy.digest:
+            raise ArgumentError(
+                "Expected a version for a source that carries none, got none and digests are off.",
+                remedy="pass version=..., or leave StagePolicy.digest on, which names the version by its content.",
+            )
+        if request.config is not None:
+            offer = self._offer = replace(offer, config=MappingProxyType(dict(request.config)))
+        _verify_digest_names(offer, request.digests)
+        code = choose_code(offer, live=request.live, version=self._declared)
+        if request.policy.convert_dtypes:
+            offer = self._offer = offer.with_dtypes_of(code.contract)
+        candidate = Candidate(
+            name=offer.name,
+            version=self._declared or request.live.version,
+            contract=code.contract,
+            offered=offer.contract,
+            reads=code.reads,
+            requires=offer.requires,
+        )
+        self._record.verdict = decide(
+            slot_name=request.name,
+            live_version=request.live.version,
+            live_contract=request.live.contract,
+            candidate=candidate,
+            accept=request.accept,
+            environment=read_environment((*offer.requires, *code.contract.requires)),
+        )
+        self._record.verdict.raise_if_refused()
+        return code
+
+    # -- memory and values -----------------------------------------------------------------------------------------------
+
+    def _populate(self, arena: Arena) -> None:
+        def fault(start: int) -> Callable[[], None]:
+            return lambda: arena.populate(start, CHUNK_NBYTES)
+
+        self._run_tasks([fault(start) for start in range(0, arena.nbytes, CHUNK_NBYTES)])
+
+    def _carry_over(self, entries: list[StateEntry], twin: Twin) -> None:
+        for entry in entries:
+            if not entry.persistent:
+                twin.views[entry.name].copy_(entry.tensor.detach())
+
+    def _load(self, twin: Twin, layout: Layout, lease: Lease, entries: list[StateEntry]) -> Loaded:
+        targets = _find_targets(twin, layout, entries)
+        done, total = 0, self._offer.nbytes
+        lock = threading.Lock()
+
+        def report(nbytes: int) -> None:
+            nonlocal done
+            with lock:
+                done += nbytes
+            self._request.report(Progress(part="load", done_nbytes=done, total_nbytes=total))
+
+        policy = self._request.policy
+        options = LoadOptions(
+            digest=policy.digest,
+            finite=policy.finite,
+            expected={**self._offer.digests, **self._request.digests},
+            num_threads=self._num_threads(),
+            nice=0,  # workers inherit the priority of this thread
+            cancellation=self._request.cancellation,
+            report=report,
+        )
+        with self._record.timed("load", nbytes=total):
+            if self._offer.files is not None:
+                loaded = load_files(self._offer.files, targets, lease=lease, options=options)
+            else:
+                loaded = load_tensors(self._offer.tensors or {}, targets, options=options)
+        self._record.converted = loaded.converted
+        return loaded
+
+    def _num_threads(self) -> int:
+        return self._request.policy.num_threads or min(_MAX_THREADS, count_cores())
+
+    def _run_tasks(self, tasks: list[Callable[[], None]]) -> None:
+        run_tasks(
+            tasks,
+            num_threads=self._num_threads(),
+            nice=0,
+            cancellation=self._request.cancellation,
+            name="hotglm-populate",
+        )
+
+    # -- proof -----------------------------------------------------------------------------------------------------------
+
+    def _prove(self, twin: Twin, code: Code, arena: Arena, loaded: Loaded) -> Generation:
+        request, record = self._request, self._record
+        request.cancellation.raise_if_cancelled()
+        with record.timed("refresh"):
+            record.refreshed = (*run_refreshers(twin.module), *self._run_slot_refresh(twin.module))
+        with record.timed("check"):
+            proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
+        values = [
+            *(["finite values"] if request.policy.finite else []),
+            *([f"{len(loaded.digests)} digests taken"] if loaded.digests else []),
+        ]
+        record.checks = (*values, *proved)
+        digest = self._combine(twin, loaded)
+        record.version = self._name_version(digest)
+        return Generation(
+            twin.module,
+            number=request.number,
+            name=request.name,
+            version=record.version,
+            contract=self._contract_of(twin.module, code.contract),
+            digests=loaded.digests,
+            digest=digest,
+            arena=arena,
+        )
+
+    def _run_slot_refresh(self, module: nn.Module) -> tuple[str, ...]:
+        refresh = self._request.refresh
+        if refresh is None:
+            return ()
+        label = getattr(refresh, "__qualname__", repr(refresh))
+        try:
+            with torch.no_grad():
+                refresh(module)
+        except Exception as error:
+            raise RefreshError(
+                "Expected derived state to be recomputed, got an error.",
+                problems=[Problem(code="REFRESH_FAILED", message=f"{label} raised {type(error).__name__}: {error}")],
+                remedy="make the refresh function work from the module it is given alone.",
+            ) from error
+        return (label,)
+
+    def _contract_of(self, module: nn.Module, planned: Contract) -> Contract:
+        found = contract_of(module)
+        return planned if found == planned else found
+
+    def _combine(self, twin: Twin, loaded: Loaded) -> str | None:
+        if not self._request.policy.digest:
+            return None
+        views = twin.views
+        return combine_digests({name: (views[name].dtype, views[name].shape, d) for name, d in loaded.digests.items()})
+
+    def _name_version(self, digest: str | None) -> Version:
+        if self._declared is not None:
+            return self._declared
+        label = (digest or "").partition(":")[2][:_LABEL_LENGTH]
+        return self._request.live.version.with_local(label)
+
+
+def _verify_digest_names(offer: Offer, digests: Mapping[str, str]) -> None:
+    unknown = [name for name in digests if name not in offer.contract.state]
+    if unknown:
+        raise DigestMismatchError(
+            f"Expected digests of tensors that {offer.label} has, got some of others.",
+            problems=[Problem(code="DIGEST_MISMATCH", message="No such tensor in the source", tensor=n) for n in unknown],
+            remedy="pass the digests that belong to this source.",
+        )
+
+
+def _find_targets(twin: Twin, layout: Layout, entries: list[StateEntry]) -> dict[str, Target]:
+    targets: dict[str, Target] = {}
+    keys: dict[tuple[object, ...], str] = {}
+    for entry in entries:
+        view = twin.views[entry.name]
+        place = (view.data_ptr(), view.dtype, tuple(view.shape), view.stride()) if view.numel() else (entry.name,)
+        key = keys.setdefault(place, entry.name)
+        targets[entry.name] = Target(view=view, offset=layout.offsets[entry.name], key=key)
+    return targets

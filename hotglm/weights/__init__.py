@@ -1,0 +1,1 @@
+"""safetensors bytes, mappings and modules to tensors in an arena."""

@@ -1,0 +1,131 @@
+"""Arenas: one block of private, pre-faulted memory that holds all tensors of a generation as views.
+
+Rules this module keeps:
+
+- The memory is anonymous and private: nothing that happens to a file can reach it (P5).
+- Memory is lent by **lease**. Every tensor made from a lease holds it, through its storage; so does everything that torch
+  derives from such a tensor: views, outputs that alias it, autograd graphs. The lease dies when the last of them does, and
+  not before, and then the arena is free. That is the whole reuse rule; there is no count to forget (`[Note: lease]`).
+- A lease is never revoked. An arena whose lease outlives its use is dropped by its owner, and unmaps itself when the last
+  holder lets go.
+
+[Note: lease]
+A lease is a ctypes array laid over the arena's memory; `torch.frombuffer` takes a strong reference to it and gives it back
+when the storage is destroyed. A weak reference to the lease is therefore dead exactly when no storage over the memory is
+left, whoever held it: a pass in a C++ frame, a session, a kept module, parameter or bound method, an output view, a
+saved tensor of a backward pass. CPython drops the last reference at once; nothing here needs the garbage collector unless
+the holder itself is part of a reference cycle. Each tensor has a storage of its own, of exactly its size, so that
+`torch.save`, `deepcopy` and `safetensors` treat it as an ordinary tensor and not as a window into a large one.
+Guarded by `tests/test_arena.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from hotglm import seam
+from hotglm.errors import MemoryPlanError
+
+__all__ = ["ALIGNMENT", "Arena", "Lease"]
+
+ALIGNMENT = 64
+"""Bytes to which every tensor in an arena is aligned: a cache line, and the widest vector load of today's processors."""
+
+
+class Lease:
+    """The right to make tensors over one arena; lives as long as any of them.
+
+    The object itself is only a handle for making views. What keeps the arena taken is `_memory`.
+    """
+
+    __slots__ = ("_memory", "nbytes")
+
+    def __init__(self, memory: ctypes.Array[ctypes.c_char], *, nbytes: int) -> None:
+        """Wrap the ctypes array that overlays the arena."""
+        self._memory = memory
+        self.nbytes = nbytes
+
+    def bytes(self, offset: int, nbytes: int) -> memoryview:
+        """Return a writable window of `nbytes` from `offset`; it holds the lease like a tensor does."""
+        return memoryview(self._memory).cast("B")[offset : offset + nbytes]
+
+    def view(
+        self, offset: int, *, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Return a tensor over the arena from byte `offset`, with a storage of its own.
+
+        Args:
+            offset: first byte; a multiple of the item size.
+            dtype: element type.
+            shape: sizes; a zero among them gives an empty tensor that holds no memory.
+            stride: in elements; contiguous where None.
+
+        Returns:
+            A CPU tensor without gradient. Its storage holds the lease.
+        """
+        numel = 1
+        for size in shape:
+            numel *= size
+        if numel == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        if stride is None:
+            return torch.frombuffer(self._memory, dtype=dtype, count=numel, offset=offset).view(tuple(shape))
+        extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        flat = torch.frombuffer(self._memory, dtype=dtype, count=extent, offset=offset)
+        return flat.as_strided(tuple(shape), tuple(stride))
+
+
+class Arena:
+    """One block of private memory, lent to one generation at a time."""
+
+    __slots__ = ("__weakref__", "_lease", "_memory", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        """Map `nbytes`, at least one page. The pages are faulted in by `populate`, or by the first write.
+
+        Raises:
+            MemoryPlanError: the system has no such memory to give.
+        """
+        self.nbytes = nbytes
+        self._lease: weakref.ref[ctypes.Array[ctypes.c_char]] | None = None
+        try:
+            self._memory = seam.active.map_anonymous(max(nbytes, 1))
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
+            raise MemoryPlanError(
+                f"Expected {nbytes} bytes of memory for the spare, got none: {error}.",
+                remedy="free memory, raise the process's limit, or lower MemoryPolicy.max_copies.",
+            ) from error
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte, for naming what lies in it."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no tensor over this memory is left anywhere in the process."""
+        return self._lease is None or self._lease() is None
+
+    def populate(self, start: int, nbytes: int) -> None:
+        """Fault a range in now; it is clipped to whole pages inside the arena."""
+        page = 4096
+        first = start // page * page
+        stop = min(-(-(start + nbytes) // page) * page, len(self._memory))
+        if stop > first:
+            seam.active.populate(self._memory, first, stop - first)
+
+    def lease(self) -> Lease:
+        """Lend the memory; what stood in it is anybody's to overwrite from now on.
+
+        Raises:
+            RuntimeError: it is lent already (a bug in the caller, never a user's mistake).
+        """
+        if not self.is_free:
+            raise RuntimeError("the arena is still lent; wait until it is free or take another")
+        memory = (ctypes.c_char * len(self._memory)).from_buffer(self._memory)
+        self._lease = weakref.ref(memory)
+        return Lease(memory, nbytes=self.nbytes)

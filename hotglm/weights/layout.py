@@ -1,0 +1,105 @@
+"""Where each tensor of a module lies in an arena: pure arithmetic on addresses.
+
+Rules this module keeps:
+
+- Tensors that overlap in the module overlap in the same way in the arena: ties stay ties, and a view of a weight stays a
+  view of it (`w.t()` kept in an attribute is right after a swap without anybody's help).
+- Tensors that do not overlap do not share a cache line.
+- The order is the order given, so the same module gives the same layout every time.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+__all__ = ["Extent", "Layout", "Span", "plan_layout"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """The bytes of one tensor where it lies now: `address` and the `nbytes` from its first to its last element."""
+
+    name: str
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A run of overlapping extents, which moves to the arena as one piece."""
+
+    address: int
+    nbytes: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Arena offsets by name, and the spans they came from.
+
+    Attributes:
+        offsets: byte offset in the arena of the first element of each named tensor.
+        spans: by ascending source address.
+        nbytes: size of the arena that holds it all.
+    """
+
+    offsets: Mapping[str, int]
+    spans: tuple[Span, ...]
+    nbytes: int
+
+    def find_offset(self, address: int, nbytes: int) -> int | None:
+        """Return where the bytes at a source address went, or None if they are not inside one span."""
+        at = bisect.bisect_right(self.spans, address, key=lambda span: span.address) - 1
+        if at < 0 or nbytes == 0:
+            return None
+        span = self.spans[at]
+        inside = address + nbytes <= span.address + span.nbytes
+        return span.offset + address - span.address if inside else None
+
+
+def plan_layout(extents: Iterable[Extent], *, alignment: int) -> Layout:
+    """Lay `extents` out one after the other, keeping overlaps.
+
+    Args:
+        extents: in registration order; several may overlap; empty ones take no room.
+        alignment: a power of two; where a span's address was itself aligned to its items, it stays so.
+
+    Returns:
+        The layout, `nbytes` being a multiple of `alignment`.
+    """
+    given = list(extents)
+    clusters = _find_clusters([extent for extent in given if extent.nbytes])
+    owner = {extent.name: cluster for cluster in clusters for extent in cluster}
+    offsets: dict[str, int] = {}
+    spans: dict[int, Span] = {}
+    end = 0
+    for extent in given:
+        cluster = owner.get(extent.name)
+        if cluster is None:
+            offsets[extent.name] = 0
+            continue
+        span = spans.get(id(cluster))
+        if span is None:
+            start = cluster[0].address
+            nbytes = max(member.address + member.nbytes for member in cluster) - start
+            span = spans[id(cluster)] = Span(address=start, nbytes=nbytes, offset=end)
+            end += -(-nbytes // alignment) * alignment
+        offsets[extent.name] = span.offset + extent.address - span.address
+    ordered = sorted(spans.values(), key=lambda span: span.address)
+    return Layout(offsets=offsets, spans=tuple(ordered), nbytes=end)
+
+
+def _find_clusters(extents: list[Extent]) -> list[list[Extent]]:
+    clusters: list[list[Extent]] = []
+    reach = 0
+    for extent in sorted(extents, key=lambda extent: (extent.address, -extent.nbytes)):
+        stop = extent.address + extent.nbytes
+        if clusters and extent.address < reach:
+            clusters[-1].append(extent)
+            reach = max(reach, stop)
+        else:
+            clusters.append([extent])
+            reach = stop
+    return clusters

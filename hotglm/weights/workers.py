@@ -1,0 +1,138 @@
+"""Low-priority threads for staging: they take the cores that the service leaves.
+
+Rules this module keeps:
+
+- Threads live as long as one piece of work and are joined before it returns or raises; none is left behind (P9).
+- The first failure stops the others at their next task; it is the one that is raised.
+- A worker lowers its own priority, never anybody else's. Threads that torch starts for it inherit that.
+- Python code in a worker runs in short pieces between calls that release the GIL. Where a stretch of plain Python cannot be
+  avoided, `yield_gil` cuts it: a thread that computes in Python holds the GIL for a whole switch interval (5 ms), and the
+  service's pass would wait that long at every torch call.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from hotglm import seam
+from hotglm.errors import ThreadStartError
+
+__all__ = ["Cancellation", "count_cores", "lower_priority", "run_tasks", "start_thread", "yield_gil"]
+
+
+class Cancellation:
+    """A flag that stops a stage at its next task, with the error it is to raise."""
+
+    __slots__ = ("_reason",)
+
+    def __init__(self) -> None:
+        """Start uncancelled."""
+        self._reason: BaseException | None = None
+
+    def cancel(self, reason: BaseException) -> None:
+        """Ask for a stop. The first reason stays."""
+        if self._reason is None:
+            self._reason = reason
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether somebody asked for a stop."""
+        return self._reason is not None
+
+    def raise_if_cancelled(self) -> None:
+        """Raise the reason, if there is one."""
+        if self._reason is not None:
+            raise self._reason
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use (its affinity, not the machine's size)."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def yield_gil() -> None:
+    """Let a waiting thread have the GIL now."""
+    time.sleep(0)
+
+
+def lower_priority(nice: int) -> None:
+    """Raise the calling thread's nice value by `nice` where the system has one per thread (Linux); else do nothing."""
+    if nice <= 0 or not hasattr(os, "setpriority"):
+        return
+    try:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + nice))
+    except OSError:  # a sandbox that forbids it: staging is then as loud as any thread, not wrong
+        pass
+
+
+def start_thread(target: Callable[[], None], *, name: str) -> threading.Thread:
+    """Start a daemon thread.
+
+    Raises:
+        ThreadStartError: the system has no thread to give.
+    """
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    try:
+        seam.active.start_thread(thread)
+    except (RuntimeError, OSError) as error:
+        raise ThreadStartError(
+            f"Expected to start thread {name!r}, got {error}.",
+            remedy="raise the limit on threads (RLIMIT_NPROC, the container's pids limit) and stage again.",
+        ) from error
+    return thread
+
+
+def run_tasks(
+    tasks: Iterable[Callable[[], None]], *, num_threads: int, nice: int, cancellation: Cancellation, name: str
+) -> None:
+    """Run `tasks` on `num_threads` threads and return when all have ended.
+
+    Tasks start in order. On failure no further task starts, the running ones finish, and the first failure is raised.
+    One thread means the calling one.
+
+    Raises:
+        ThreadStartError: not even one thread could be started.
+        BaseException: whatever a task raised first, or the cancellation's reason.
+    """
+    todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    num_tasks = 0
+    for task in tasks:
+        todo.put(task)
+        num_tasks += 1
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        while not failures:
+            try:
+                task = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                cancellation.raise_if_cancelled()
+                task()
+            except BaseException as failure:
+                failures.append(failure)
+
+    def work_quietly() -> None:
+        lower_priority(nice)
+        work()
+
+    threads: list[threading.Thread] = []
+    try:
+        for index in range(1, min(num_threads, num_tasks)):
+            threads.append(start_thread(work_quietly, name=f"{name}-{index}"))
+    except ThreadStartError as failure:
+        failures.append(failure)
+    work()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
