@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         DigestMismatchError,
         DiscardedError,
         DrainTimeoutError,
-        ForkedError,
         GoldenMismatchError,
         HeaderError,
         HotglmError,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
         NoRollbackError,
         NotMaterializedError,
         Problem,
+        ReentrantError,
         RefreshError,
         ShardIndexError,
         SlotClosedError,
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
         SourceChangedError,
         SourceError,
         SourceReadError,
+        StageFailedError,
+        StageTimeoutError,
         StaleStateError,
         SupersededError,
         TensorValueError,
@@ -58,13 +60,15 @@ if TYPE_CHECKING:
     from hotglm.model.registry import versioned
     from hotglm.slot.checks import Golden, StagePolicy
     from hotglm.slot.generation import Generation
+    from hotglm.slot.holders import Holder
     from hotglm.slot.memory import MemoryPolicy
-    from hotglm.slot.receipt import Receipt
+    from hotglm.slot.receipt import Progress, Receipt
     from hotglm.slot.slot import ModuleSlot
     from hotglm.slot.staging import Staged
     from hotglm.slot.status import Status
     from hotglm.verdict import Verdict
     from hotglm.version import Bump, Version, VersionRange
+    from hotglm.weights.save import save_weights
 
 __version__ = "0.1.0.dev0"
 
@@ -82,11 +86,11 @@ __all__ = [
     "DigestMismatchError",
     "DiscardedError",
     "DrainTimeoutError",
-    "ForkedError",
     "Generation",
     "Golden",
     "GoldenMismatchError",
     "HeaderError",
+    "Holder",
     "HotglmError",
     "IncompatibleError",
     "MemoryPlanError",
@@ -98,7 +102,9 @@ __all__ = [
     "NonFiniteError",
     "NotMaterializedError",
     "Problem",
+    "Progress",
     "Receipt",
+    "ReentrantError",
     "RefreshError",
     "ShardIndexError",
     "SlotClosedError",
@@ -106,7 +112,9 @@ __all__ = [
     "SourceChangedError",
     "SourceError",
     "SourceReadError",
+    "StageFailedError",
     "StagePolicy",
+    "StageTimeoutError",
     "Staged",
     "StaleStateError",
     "StateSpec",
@@ -124,6 +132,7 @@ __all__ = [
     "find_breakages",
     "refresh",
     "required_bump",
+    "save_weights",
     "versioned",
 ]
 
@@ -141,11 +150,11 @@ _EXPORTS: dict[str, str] = {
     "DigestMismatchError": "hotglm.errors",
     "DiscardedError": "hotglm.errors",
     "DrainTimeoutError": "hotglm.errors",
-    "ForkedError": "hotglm.errors",
     "Generation": "hotglm.slot.generation",
     "Golden": "hotglm.slot.checks",
     "GoldenMismatchError": "hotglm.errors",
     "HeaderError": "hotglm.errors",
+    "Holder": "hotglm.slot.holders",
     "HotglmError": "hotglm.errors",
     "IncompatibleError": "hotglm.errors",
     "MemoryPlanError": "hotglm.errors",
@@ -157,7 +166,9 @@ _EXPORTS: dict[str, str] = {
     "NonFiniteError": "hotglm.errors",
     "NotMaterializedError": "hotglm.errors",
     "Problem": "hotglm.errors",
+    "Progress": "hotglm.slot.receipt",
     "Receipt": "hotglm.slot.receipt",
+    "ReentrantError": "hotglm.errors",
     "RefreshError": "hotglm.errors",
     "ShardIndexError": "hotglm.errors",
     "SlotClosedError": "hotglm.errors",
@@ -165,7 +176,9 @@ _EXPORTS: dict[str, str] = {
     "SourceChangedError": "hotglm.errors",
     "SourceError": "hotglm.errors",
     "SourceReadError": "hotglm.errors",
+    "StageFailedError": "hotglm.errors",
     "StagePolicy": "hotglm.slot.checks",
+    "StageTimeoutError": "hotglm.errors",
     "Staged": "hotglm.slot.staging",
     "StaleStateError": "hotglm.errors",
     "StateSpec": "hotglm.contract",
@@ -183,6 +196,7 @@ _EXPORTS: dict[str, str] = {
     "find_breakages": "hotglm.breakage",
     "refresh": "hotglm.model.derived",
     "required_bump": "hotglm.breakage",
+    "save_weights": "hotglm.weights.save",
     "versioned": "hotglm.model.registry",
 }
 """The module that each public name is fetched from."""

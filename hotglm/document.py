@@ -259,7 +259,7 @@ class Scanner:
         if b"\\" not in raw:
             return raw[1:-1].decode()
         try:
-            text = json.loads(raw)
+            text = json.loads(raw.decode())
             text.encode()
         except json.JSONDecodeError:
             self.pos = at
@@ -326,7 +326,8 @@ def parse_json(text: bytes, *, report: Report, at: int = 0, constants: bool = Fa
     _scan_brackets(text, report=report, at=at)
     hooks: dict[str, Callable[[str], object]] = {} if constants else {"parse_constant": _refuse_constant}
     try:
-        return json.loads(text, object_pairs_hook=_unique, **hooks)  # type: ignore[arg-type]
+        # Decoded here: given bytes, `json` would guess at UTF-16 and UTF-32.
+        return json.loads(text.decode(), object_pairs_hook=_unique, **hooks)  # type: ignore[arg-type]
     except _DuplicateKeyError as error:
         report.stop("DUPLICATE_KEY", f"Expected each key once, got {shorten_repr(error.args[0])} twice.", at=at)
     except json.JSONDecodeError as error:

@@ -22,7 +22,7 @@ IMPORTS = tuple(find_imports(MODULES))
 
 # The layers of DESIGN section 4, lowest first. A unit is a module or a package directly under `hotglm`.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "events", "seam", "version"}),
+    frozenset({"errors", "events", "problem", "seam", "version"}),
     frozenset(
         {
             "breakage",
@@ -55,6 +55,7 @@ IO_MODULES = frozenset(
 
 # Imports for type checkers that point up, each with its reason: (importer, target).
 TYPING_UP = {
+    ("hotglm.errors", "hotglm.slot.receipt"): "a refused stage's error carries its receipt; likewise nothing is imported",
     ("hotglm.errors", "hotglm.verdict"): "IncompatibleError carries a verdict; nothing is imported when it runs",
 }
 
@@ -85,11 +86,11 @@ PUBLIC_NAMES = [
     "DigestMismatchError",
     "DiscardedError",
     "DrainTimeoutError",
-    "ForkedError",
     "Generation",
     "Golden",
     "GoldenMismatchError",
     "HeaderError",
+    "Holder",
     "HotglmError",
     "IncompatibleError",
     "MemoryPlanError",
@@ -101,7 +102,9 @@ PUBLIC_NAMES = [
     "NonFiniteError",
     "NotMaterializedError",
     "Problem",
+    "Progress",
     "Receipt",
+    "ReentrantError",
     "RefreshError",
     "ShardIndexError",
     "SlotClosedError",
@@ -109,7 +112,9 @@ PUBLIC_NAMES = [
     "SourceChangedError",
     "SourceError",
     "SourceReadError",
+    "StageFailedError",
     "StagePolicy",
+    "StageTimeoutError",
     "Staged",
     "StaleStateError",
     "StateSpec",
@@ -127,6 +132,7 @@ PUBLIC_NAMES = [
     "find_breakages",
     "refresh",
     "required_bump",
+    "save_weights",
     "versioned",
 ]
 

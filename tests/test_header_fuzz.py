@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
@@ -146,7 +146,6 @@ def written(draw: st.DrawFn) -> tuple[str, tuple[int, ...], bytes]:
 
 
 @given(st.dictionaries(names, written(), max_size=6), metadata)
-@settings(deadline=None, max_examples=150, derandomize=True)
 def test_what_is_written_is_read(
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]], metadata: dict[str, str] | None
 ) -> None:
@@ -163,14 +162,12 @@ def test_what_is_written_is_read(
 
 
 @given(st.binary(max_size=200))
-@settings(deadline=None, max_examples=300, derandomize=True)
 def test_any_text_is_refused_or_understood(text: bytes) -> None:
     """No header text at all raises anything but HeaderError."""
     judge(struct.pack("<Q", len(text)) + text)
 
 
 @given(st.text(max_size=40))
-@settings(deadline=None, max_examples=300, derandomize=True)
 def test_names_without_fault_are_printable_on_one_line(name: str) -> None:
     """A31: a name that passes moves no cursor and forges no line of a log."""
     if find_name_fault(name) is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,18 @@ class Generation:
         name: name of the slot.
     """
 
-    __slots__ = ("__weakref__", "_arena", "contract", "digest", "digests", "module", "name", "number", "version")
+    __slots__ = (
+        "__weakref__",
+        "_arena",
+        "_lease",
+        "contract",
+        "digest",
+        "digests",
+        "module",
+        "name",
+        "number",
+        "version",
+    )
 
     def __init__(
         self,
@@ -83,6 +94,7 @@ class Generation:
         digests: Mapping[str, str] | None = None,
         digest: str | None = None,
         arena: Arena | None = None,
+        lease: Callable[[], object | None] | None = None,
     ) -> None:
         """Put the parts together; made by slots only."""
         self.module = module
@@ -93,11 +105,17 @@ class Generation:
         self.digests: Mapping[str, str] = MappingProxyType(dict(digests or {}))
         self.digest = digest
         self._arena = arena
+        self._lease = lease
 
     @property
     def arena(self) -> Arena | None:
         """The arena its tensors lie in; None for the module that the slot was given."""
         return self._arena
+
+    @property
+    def lease(self) -> Callable[[], object | None] | None:
+        """What tells whether its arena is still held on its behalf (`Lease.watch`); None without an arena."""
+        return self._lease
 
     def __repr__(self) -> str:
         """Name the slot, the number and the version."""
@@ -110,7 +128,7 @@ class Retired:
     Holds nothing of the generation alive.
     """
 
-    __slots__ = ("_arena", "_module", "_tensors", "nbytes", "number", "version")
+    __slots__ = ("_arena", "_lease", "_module", "_tensors", "nbytes", "number", "version")
 
     def __init__(self, generation: Generation, *, nbytes: int) -> None:
         """Note what can be asked later; the caller then lets go of the generation."""
@@ -119,6 +137,7 @@ class Retired:
         self.nbytes = nbytes
         self._module = weakref.ref(generation.module)
         self._arena = generation.arena
+        self._lease = generation.lease
         tensors = [*generation.module.parameters(), *generation.module.buffers()] if self._arena is None else []
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
 
@@ -135,6 +154,6 @@ class Retired:
     @property
     def is_free(self) -> bool:
         """Whether nothing of it is left in use."""
-        if self._arena is not None:
-            return self._arena.is_free
+        if self._lease is not None:  # not the arena, which may be lent again by now
+            return self._lease() is None
         return self._module() is None and all(reference() is None for reference in self._tensors)

@@ -269,7 +269,7 @@ class _Stage:
             record.carried = twin.carried
             self._carry_over(entries, twin)
         loaded = self._load(twin, layout, lease, entries)
-        generation = self._prove(twin, code, arena, loaded)
+        generation = self._prove(twin, code, arena, lease, loaded)
         cancellation.raise_if_cancelled()
         request = self._request
         return Staged(
@@ -366,7 +366,7 @@ class _Stage:
 
     # -- proof -----------------------------------------------------------------------------------------------------------
 
-    def _prove(self, twin: Twin, code: Code, arena: Arena, loaded: Loaded) -> Generation:
+    def _prove(self, twin: Twin, code: Code, arena: Arena, lease: Lease, loaded: Loaded) -> Generation:
         request, record = self._request, self._record
         request.cancellation.raise_if_cancelled()
         with record.timed("refresh"):
@@ -389,6 +389,7 @@ class _Stage:
             digests=loaded.digests,
             digest=digest,
             arena=arena,
+            lease=lease.watch,
         )
 
     def _run_slot_refresh(self, module: nn.Module) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -48,6 +48,11 @@ class Lease:
         """Wrap the ctypes array that overlays the arena."""
         self._memory = memory
         self.nbytes = nbytes
+
+    @property
+    def watch(self) -> Callable[[], object | None]:
+        """A function that returns None once nobody holds this lease any more; holding the function holds nothing."""
+        return weakref.ref(self._memory)
 
     def bytes(self, offset: int, nbytes: int) -> memoryview:
         """Return a writable window of `nbytes` from `offset`; it holds the lease like a tensor does."""

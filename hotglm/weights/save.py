@@ -1,0 +1,105 @@
+"""Writing a safetensors file that says what it is: version, name, config and the digest of every tensor.
+
+Rules this module keeps:
+
+- The file appears whole or not at all: it is written beside its place, flushed to the disk and renamed (P11).
+- A tied tensor is written once, under its first name.
+- The metadata keys are those that staging reads: `hotglm.name`, `hotglm.version`, `hotglm.config`, `hotglm.requires`,
+  `hotglm.digests`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hotglm.model.inspection import find_state
+from hotglm.model.registry import find_definition
+from hotglm.version import Version
+from hotglm.weights.digest import digest_tensor
+
+__all__ = ["save_weights"]
+
+
+def save_weights(
+    source: nn.Module | Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    *,
+    version: str | Version | None = None,
+    name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    requires: Iterable[str] = (),
+) -> dict[str, str]:
+    """Write the weights of a module, or a mapping of tensors, to one safetensors file; return the digests by name.
+
+    A reader of `path` sees the old file or the new one, never a part. On an error `path` is as it was.
+
+    Args:
+        source: the module (its parameters and persistent buffers) or the tensors, on the CPU; only read.
+        path: the file; its directory must exist.
+        version: version of these weights; for a module, what `@versioned` declared if None.
+        name: name of the model; likewise.
+        config: fields of the config, as JSON can hold them.
+        requires: requirements such as `"torch>=2.6"`.
+
+    Raises:
+        VersionSyntaxError: `version` does not parse.
+        OSError: the file cannot be written.
+    """
+    definition = find_definition(type(source)) if isinstance(source, nn.Module) else None
+    tensors = _collect(source)
+    digests = {key: digest_tensor(tensor) for key, tensor in tensors.items()}
+    chosen = version if version is not None else definition.version if definition else None
+    metadata = {
+        "hotglm.name": name or (definition.name if definition else None),
+        "hotglm.version": None if chosen is None else str(Version(chosen)),
+        "hotglm.config": None if config is None else json.dumps(dict(config)),
+        "hotglm.requires": json.dumps(list(requires)) if requires else None,
+        "hotglm.digests": json.dumps(digests),
+    }
+    _write(tensors, os.fspath(path), {key: value for key, value in metadata.items() if value is not None})
+    return digests
+
+
+def _collect(source: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if isinstance(source, nn.Module):
+        named = {entry.name: entry.tensor for entry in find_state(source) if entry.persistent}
+    else:
+        named = dict(source)
+    seen: set[tuple[object, ...]] = set()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in named.items():
+        identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else (name,)
+        if identity not in seen:
+            seen.add(identity)
+            tensors[name] = tensor.detach().contiguous()
+    return tensors
+
+
+def _write(tensors: Mapping[str, torch.Tensor], path: str, metadata: Mapping[str, str]) -> None:
+    directory = os.path.dirname(path) or "."
+    temporary = os.path.join(directory, f".{os.path.basename(path)}.{secrets.token_hex(6)}.partial")
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        _flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    _flush(directory)
+
+
+def _flush(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
