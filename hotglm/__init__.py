@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from hotglm.slot.memory import MemoryPolicy
     from hotglm.slot.receipt import Progress, Receipt
     from hotglm.slot.slot import ModuleSlot
-    from hotglm.slot.staging import Staged
+    from hotglm.slot.staged import Staged
     from hotglm.slot.status import Status
     from hotglm.verdict import Verdict
     from hotglm.version import Bump, Version, VersionRange
@@ -179,7 +179,7 @@ _EXPORTS: dict[str, str] = {
     "StageFailedError": "hotglm.errors",
     "StagePolicy": "hotglm.slot.checks",
     "StageTimeoutError": "hotglm.errors",
-    "Staged": "hotglm.slot.staging",
+    "Staged": "hotglm.slot.staged",
     "StaleStateError": "hotglm.errors",
     "StateSpec": "hotglm.contract",
     "Status": "hotglm.slot.status",

@@ -428,6 +428,14 @@ def test_overlap_names_both_tensors() -> None:
     assert "'a'" in problem.message
 
 
+def test_tensors_within_another_are_all_named() -> None:
+    """A25: every tensor that lies within an earlier one overlaps it; the one behind it leaves no gap."""
+    places = {"a": (0, 8), "b": (2, 4), "c": (4, 6), "d": (8, 9)}
+    header = {name: entry("U8", [stop - start], start, stop) for name, (start, stop) in places.items()}
+    error = refusal_of(make_file(header, bytes(9)))
+    assert [(p.code, p.tensor, p.expected) for p in error.problems] == [("OVERLAP", "b", 8), ("OVERLAP", "c", 8)]
+
+
 def test_size_mismatch_names_both_sizes() -> None:
     """A28: the size that the offsets ask for and the one that the file has are both said."""
     file = make_file({"a": F32}, bytes(5))

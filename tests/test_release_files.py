@@ -602,18 +602,22 @@ def test_stale_handle_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_read_error_names_the_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D07: an I/O error at byte k says k."""
+    """D07: an I/O error at byte k says k, and is not tried again."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(file_of(A))
+    num_failed = 0
 
     def fail_at_20(fd: int, nbytes: int, offset: int) -> bytes:
+        nonlocal num_failed
         if offset >= 20:
+            num_failed += 1
             raise OSError(errno.EIO, "Input/output error")
         return os.pread(fd, min(nbytes, 20 - offset), offset)
 
     install(monkeypatch, pread=fail_at_20)
     error = refusal_of(path, SourceReadError)
     assert (error.code, error.offset, error.file, error.errno) == ("IO_ERROR", 20, str(path), errno.EIO)
+    assert num_failed == 1
 
 
 @pytest.mark.parametrize("change", ["shrink", "empty", "grow", "touch"])

@@ -135,6 +135,4 @@ def may_carry_over(name: str, tensor: torch.Tensor, *, owner: nn.Module, constan
 def _holds_weights(module: nn.Module) -> bool:
     if next(module.parameters(), None) is not None:
         return True
-    return any(
-        name not in child._non_persistent_buffers_set for child in module.modules() for name in child._buffers
-    )
+    return any(name not in child._non_persistent_buffers_set for child in module.modules() for name in child._buffers)

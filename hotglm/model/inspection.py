@@ -116,7 +116,9 @@ def verify_holdable(module: nn.Module) -> None:
             f"Expected an nn.Module, got {shorten_repr(type(module).__name__)}.", remedy="pass the model object itself."
         )
     missing = [
-        Problem(code="NOT_MATERIALIZED", message="Expected a tensor with memory, got a lazy or meta one", tensor=entry.name)
+        Problem(
+            code="NOT_MATERIALIZED", message="Expected a tensor with memory, got a lazy or meta one", tensor=entry.name
+        )
         for entry in find_state(module)
         if nn.parameter.is_lazy(entry.tensor) or entry.tensor.is_meta
     ]
@@ -140,13 +142,15 @@ def _find_unsupported_modules(root: nn.Module) -> Iterator[Problem]:
         where = shorten_repr(path or type(root).__name__)
         if isinstance(module, torch.jit.ScriptModule):
             yield Problem(
-                code="CANNOT_SWAP_COMPILED", message=f"Expected an eager module at {where}, got TorchScript, whose code cannot be given other tensors"
+                code="CANNOT_SWAP_COMPILED",
+                message=f"Expected an eager module at {where}, got TorchScript, whose code cannot be given other tensors",
             )
         elif hasattr(module, "__hotglm_slot__"):
             yield Problem(code="NESTED_SLOT", message=f"Expected no slot inside a slot's module, got one at {where}")
         elif type(module).get_extra_state is not nn.Module.get_extra_state:
             yield Problem(
-                code="EXTRA_STATE", message=f"Expected state in tensors only, got get_extra_state() at {where}, which no safetensors file carries"
+                code="EXTRA_STATE",
+                message=f"Expected state in tensors only, got get_extra_state() at {where}, which no safetensors file carries",
             )
 
 

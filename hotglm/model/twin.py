@@ -113,7 +113,9 @@ def copy_module(module: nn.Module, *, layout: Layout, lease: Lease, constants: S
             if attempt == _NUM_ATTEMPTS - 1:
                 raise UncopyableError(
                     "Expected a module that stands still for the length of one attribute's copy.",
-                    problems=[Problem(code="CHANGING_ATTRIBUTE", message=f"{failure} kept changing while it was copied")],
+                    problems=[
+                        Problem(code="CHANGING_ATTRIBUTE", message=f"{failure} kept changing while it was copied")
+                    ],
                     remedy="keep per-request state out of the module, or make the attribute a registered buffer.",
                 ) from failure
             yield_gil()

@@ -197,9 +197,7 @@ class Admission:
                 _verify_expected(old.generation, expected)
             if not old.trial:
                 return None
-            self.live = Publication(
-                old.call, old.generation, old.before, old.held, False, old.epoch, old.history
-            )
+            self.live = Publication(old.call, old.generation, old.before, old.held, False, old.epoch, old.history)
             return self.live
 
     def retire(self, generation: Generation) -> bool:
@@ -218,9 +216,7 @@ class Admission:
         with self._writer:
             old = self.live
             call = choose_call(old.generation.module)
-            self.live = Publication(
-                call, old.generation, old.before, old.held, old.trial, old.epoch, old.history
-            )
+            self.live = Publication(call, old.generation, old.before, old.held, old.trial, old.epoch, old.history)
 
     def close(self) -> bool:
         """Refuse commits and rollbacks from now on; return whether that is new. Passes go on."""
@@ -240,7 +236,8 @@ class Admission:
     def _verify_open(self) -> None:
         if self._closed:
             raise SlotClosedError(
-                "Expected an open slot, got one that was closed.", remedy="make a new ModuleSlot around slot.live.module."
+                "Expected an open slot, got one that was closed.",
+                remedy="make a new ModuleSlot around slot.live.module.",
             )
 
 

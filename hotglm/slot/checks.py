@@ -223,7 +223,9 @@ def _ask(module: nn.Module, checks: tuple[Callable[[nn.Module], object], ...]) -
             answer = check(module)
         except Exception as error:
             cause = cause or error
-            problems.append(Problem(code="GATE_FAILED", message=f"{_name(check)} raised {type(error).__name__}: {error}"))
+            problems.append(
+                Problem(code="GATE_FAILED", message=f"{_name(check)} raised {type(error).__name__}: {error}")
+            )
             continue
         if answer is not None and answer is not True:
             message = f"Expected None or True from {_name(check)}, got {shorten_repr(answer)}"

@@ -88,7 +88,9 @@ class ModuleFacade(nn.Module):
         self._refuse_write("load_state_dict() on a slot, which tears passes", "slot.update(state_dict)")
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse_write("load_state_dict() on a module that has a slot in it", "slot.update(state_dict) for that part")
+        self._refuse_write(
+            "load_state_dict() on a module that has a slot in it", "slot.update(state_dict) for that part"
+        )
 
     def register_parameter(self, name: str, param: Any) -> NoReturn:
         """Refuse; see `__setattr__`."""

@@ -175,5 +175,7 @@ def _describe(referrer: object) -> str:
         return f"the bound method {referrer.__func__.__qualname__}"
     if isinstance(referrer, dict):
         name = referrer.get("__name__")
-        return f"a global of module {name}" if name else f"a dict with keys {shorten_repr(sorted(map(str, referrer))[:5])}"
+        return (
+            f"a global of module {name}" if name else f"a dict with keys {shorten_repr(sorted(map(str, referrer))[:5])}"
+        )
     return f"a {type(referrer).__qualname__}"

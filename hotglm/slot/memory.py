@@ -80,8 +80,14 @@ class MemoryPlan:
 
     def explain(self) -> str:
         """Return the plan as one sentence."""
-        origin = "a free arena" if self.reuses else f"{self.allocates_nbytes} fresh bytes of {self.available_nbytes} available"
-        given_up = f"; gives up generation {', '.join(map(str, self.retires))} as rollback target" if self.retires else ""
+        origin = (
+            "a free arena"
+            if self.reuses
+            else f"{self.allocates_nbytes} fresh bytes of {self.available_nbytes} available"
+        )
+        given_up = (
+            f"; gives up generation {', '.join(map(str, self.retires))} as rollback target" if self.retires else ""
+        )
         return f"The spare takes {self.nbytes} bytes from {origin}{given_up}."
 
 

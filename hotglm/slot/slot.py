@@ -6,66 +6,37 @@ Rules this module keeps:
   live generation, each call in one generation from its start to its end.
 - The way of a pass through this file is one line, `__call__`; the argument for it is in slot/admission.py.
 - Whatever would write the live weights in place, or replace them one by one, is refused with the way to do it instead.
-- Announcements are made when nothing is locked any more, and after the point of no return.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import os
-import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hotglm.errors import (
-    ArgumentError,
-    DrainTimeoutError,
-    HotglmError,
-    SlotClosedError,
-    SlotStateError,
-    shorten_repr,
-)
-from hotglm.events import (
-    ClosedEvent,
-    CommittedEvent,
-    ConfirmedEvent,
-    DiscardedEvent,
-    DrainedEvent,
-    Event,
-    HeldEvent,
-    RefusedEvent,
-    RolledBackEvent,
-    StagedEvent,
-    Subscribers,
-    SupersededEvent,
-)
+from hotglm.events import Event
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import find_definition
-from hotglm.slot.admission import Admission, Expected, HistoryEntry, Publication
-from hotglm.slot.checks import GradMode, StagePolicy
+from hotglm.slot.admission import Admission, Expected, HistoryEntry
+from hotglm.slot.checks import StagePolicy
+from hotglm.slot.core import SlotCore, SlotSettings, StageOptions
 from hotglm.slot.facade import ModuleFacade
-from hotglm.slot.generation import Generation, Retired
-from hotglm.slot.holders import Holder, Session, Sessions, find_passes, find_references
+from hotglm.slot.generation import Generation
+from hotglm.slot.holders import Holder, Session
 from hotglm.slot.memory import MemoryPolicy
+from hotglm.slot.observer import find_holders, read_status, wait_drained
 from hotglm.slot.receipt import Progress, Receipt
 from hotglm.slot.source import Source
-from hotglm.slot.spare import Spares, weights_nbytes
-from hotglm.slot.staging import Staged, StageRecord, StageRequest
-from hotglm.slot.stager import Stager
-from hotglm.slot.status import GenerationStatus, Status
+from hotglm.slot.staged import Staged
+from hotglm.slot.status import Status
 from hotglm.version import Bump, Version
-from hotglm.weights.workers import Cancellation
 
 __all__ = ["ModuleSlot"]
-
-_MAX_REFUSALS = 100
 
 
 class ModuleSlot(ModuleFacade):
@@ -114,44 +85,23 @@ class ModuleSlot(ModuleFacade):
         contract = contract_of(module)
         definition = find_definition(type(module))
         label = name or (definition.name if definition else type(module).__name__)
-        number = Version(version) if version is not None else definition.version if definition else Version("0.0.0")
-        first = Generation(module, number=1, name=label, version=number, contract=contract)
-        own = object.__setattr__  # not nn.Module's, which would register parts; see ModuleFacade
-        own(self, "_admission", Admission(first, name=label))
-        own(self, "_sessions", Sessions())
-        own(self, "_subscribers", Subscribers())
-        own(self, "_accept", Bump.parse(accept))
-        own(self, "_policy", policy or StagePolicy())
-        own(self, "_constants", tuple([constants] if isinstance(constants, str) else constants))
-        own(self, "_refresh", refresh)
-        own(self, "_numbers", itertools.count(2))
-        own(self, "_refusals", deque(maxlen=_MAX_REFUSALS))
-        own(self, "_num_refused", 0)
-        own(
-            self,
-            "_spares",
-            Spares(
-                admission=self._admission,
-                sessions=self._sessions,
-                policy=memory or MemoryPolicy(),
-                on_held=self._announce_held,
-            ),
+        parsed = Version(version) if version is not None else definition.version if definition else Version("0.0.0")
+        settings = SlotSettings(
+            name=label,
+            accept=Bump.parse(accept),
+            policy=policy or StagePolicy(),
+            memory=memory or MemoryPolicy(),
+            constants=tuple([constants] if isinstance(constants, str) else constants),
+            refresh=refresh,
         )
-        own(self, "_stager", Stager(self._spares, name=label))
+        core = SlotCore(Generation(module, number=1, name=label, version=parsed, contract=contract), settings)
+        # Set as bookkeeping, not by nn.Module, which would register parts (see ModuleFacade).
+        self._core = core
+        self._admission = core.admission  # one attribute less on the way of a pass
         _slots.add(self)
 
+    _core: SlotCore
     _admission: Admission
-    _sessions: Sessions
-    _subscribers: Subscribers
-    _accept: Bump
-    _policy: StagePolicy
-    _constants: tuple[str, ...]
-    _refresh: Callable[[nn.Module], object] | None
-    _numbers: itertools.count[int]
-    _refusals: deque[str]
-    _num_refused: int
-    _spares: Spares
-    _stager: Stager
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -165,7 +115,7 @@ class ModuleSlot(ModuleFacade):
         Enter it once. Its memory is not reused until the session exits and everything taken from it is gone; use the
         generation's number in the key of anything cached from it.
         """
-        return Session(self._admission.live.generation, sessions=self._sessions)
+        return Session(self._admission.live.generation, sessions=self._core.sessions)
 
     @property
     def live(self) -> Generation:
@@ -219,10 +169,8 @@ class ModuleSlot(ModuleFacade):
             SlotStateError: superseded, closed, or called from inside a stage. StageTimeoutError, StageFailedError,
             ThreadStartError, ArgumentError: as they say.
         """
-        with self._stager.turn(what=self._describe(source, version), can_be_superseded=True) as cancellation:
-            staged, events = self._stage(source, version, policy, digests, config, progress, cancellation)
-        self._publish(*events)
-        return staged
+        options = StageOptions(policy=policy, digests=digests, config=config, progress=progress)
+        return self._core.stage(source, version, options)
 
     def commit(self, staged: Staged, *, expected: Expected | None = None) -> Receipt:
         """Make a staged version the live one, between two passes; return the receipt.
@@ -237,9 +185,7 @@ class ModuleSlot(ModuleFacade):
             ConflictError: another generation is live. DiscardedError, SupersededError: it is no longer staged.
             SlotClosedError: the slot was closed. ArgumentError: it belongs to another slot.
         """
-        receipt, events = self._commit(staged, expected)
-        self._publish(*events)
-        return receipt
+        return self._core.commit(staged, expected)
 
     def update(
         self,
@@ -256,12 +202,8 @@ class ModuleSlot(ModuleFacade):
 
         Args and errors are those of `stage` and `commit`.
         """
-        with self._stager.turn(what=self._describe(source, version), can_be_superseded=False) as cancellation:
-            staged, events = self._stage(source, version, policy, digests, config, progress, cancellation)
-            with staged:
-                receipt, more = self._commit(staged, expected)
-        self._publish(*events, *more)
-        return receipt
+        options = StageOptions(policy=policy, digests=digests, config=config, progress=progress)
+        return self._core.update(source, version, expected, options)
 
     def rollback(self, to: Expected | None = None, *, expected: Expected | None = None) -> Receipt:
         """Make a held generation live again, by default the one before the live one; return the receipt.
@@ -275,24 +217,7 @@ class ModuleSlot(ModuleFacade):
         Raises:
             NoRollbackError: it is not held. ConflictError: another generation is live. SlotClosedError: closed.
         """
-        started = time.perf_counter()
-        try:
-            old, new = self._admission.rollback(to, expected=expected)
-        except HotglmError as error:
-            raise self._with_slot(error, None)
-        commit_s = time.perf_counter() - started
-        receipt = self._receipt("rolled back", old, new.generation, commit_s)
-        before, after = old.generation, new.generation
-        self._publish(
-            RolledBackEvent(
-                slot=self.name,
-                version=str(after.version),
-                number=after.number,
-                previous_version=str(before.version),
-                previous_number=before.number,
-            )
-        )
-        return receipt
+        return self._core.rollback(to, expected)
 
     def confirm(self, *, expected: Expected | None = None) -> bool:
         """End the trial of the live generation; return whether it was on trial.
@@ -303,72 +228,29 @@ class ModuleSlot(ModuleFacade):
         Raises:
             ConflictError: another generation is live.
         """
-        try:
-            publication = self._admission.confirm(expected=expected)
-        except HotglmError as error:
-            raise self._with_slot(error, None)
-        if publication is None:
-            return False
-        generation = publication.generation
-        self._publish(ConfirmedEvent(slot=self.name, version=str(generation.version), number=generation.number))
-        return True
+        return self._core.confirm(expected)
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call `callback` with every event from now on; return the function that ends this."""
-        return self._subscribers.subscribe(callback)
+        return self._core.subscribers.subscribe(callback)
 
     def status(self) -> Status:
         """Return what the slot is doing. Costs the caller a look at every thread's stack, and passes nothing."""
-        live = self._admission.live
-        staged = self._stager.staged
-        generations = [_describe_generation(live.generation, "live", ())]
-        generations += [_describe_generation(held, "held", tuple(self._find_runners(held))) for held in live.held]
-        for retired in self._spares.retired:
-            if not retired.is_free:
-                generations.append(
-                    GenerationStatus(
-                        number=retired.number,
-                        version=retired.version,
-                        state="draining",
-                        nbytes=retired.nbytes,
-                        holders=tuple(self._spares.find_runners(retired)),
-                    )
-                )
-        return Status(
-            name=self.name,
-            version=live.generation.version,
-            number=live.generation.number,
-            trial=live.trial,
-            epoch=live.epoch,
-            generations=tuple(generations),
-            staged=staged.version if staged is not None and staged.state.value == "staged" else None,
-            arenas_nbytes=self._spares.pool.nbytes,
-            num_refused=self._num_refused,
-            last_refusal=self._refusals[-1] if self._refusals else "",
-            closed=self._admission.is_closed,
-        )
+        return read_status(self._core)
 
     def find_holders(self) -> tuple[Holder, ...]:
-        """Return who still holds a generation that is neither live nor held for rollback: passes with their stacks,
-        sessions, and every module, tensor and bound method that is kept, with what keeps it.
+        """Return who still holds a generation that is neither live nor held for rollback.
 
-        Walks all objects of the process with the GIL held, which may take long; for diagnosis.
+        Passes with their stacks, sessions, and every module, tensor and bound method that is kept, with what keeps it. Walks all objects of the process with the GIL held, which may take long; for diagnosis.
         """
-        found: list[Holder] = []
-        for retired in self._spares.retired:
-            if retired.is_free:
-                continue
-            found += self._spares.find_runners(retired)
-            arena = retired.arena
-            address, nbytes = (arena.address, arena.nbytes) if arena is not None else (0, 0)
-            found += find_references(retired.module, address=address, nbytes=nbytes, number=retired.number)
-        return tuple(found)
+        return find_holders(self._core)
 
     def wait_drained(self, *, timeout_s: float | None = None) -> None:
-        """Wait until no pass or session runs in any generation but the live one, and the memory of those that are not
-        held for rollback is free.
+        """Wait until the live generation is the only one in use.
+
+        Then no pass or session runs in any other, and the memory of those that are not held for rollback is free.
 
         Args:
             timeout_s: how long to wait, in seconds; None means for ever.
@@ -376,196 +258,24 @@ class ModuleSlot(ModuleFacade):
         Raises:
             DrainTimeoutError: it took longer; the text names who holds what, passes with their stacks.
         """
-        started = time.monotonic()
-        while True:
-            busy = [holder for held in self._admission.live.held for holder in self._find_runners(held)]
-            self._publish(*self._note_drained())
-            if not busy and not self._spares.retired:
-                return
-            if timeout_s is not None and time.monotonic() - started >= timeout_s:
-                raise self._with_slot(self._drain_timeout(timeout_s, busy), None)
-            time.sleep(0.001)
+        wait_drained(self._core, timeout_s)
 
     def close(self) -> None:
         """Take no further updates, and let the spare and the rollback targets go; passes go on. May be called twice."""
-        if not self._admission.close():
-            return
-        with self._stager.turn(what="close", can_be_superseded=False):
-            self._stager.discard_latest(by="close")
-            for held in self._admission.live.held:
-                self._spares.retire_now(held)
-        self._publish(*self._note_drained(), ClosedEvent(slot=self.name))
-
-    # -- parts ---------------------------------------------------------------------------------------------------------
-
-    def _stage(
-        self,
-        source: Source,
-        version: str | Version | None,
-        policy: StagePolicy | None,
-        digests: Mapping[str, str] | None,
-        config: Mapping[str, Any] | None,
-        progress: Callable[[Progress], object] | None,
-        cancellation: Cancellation,
-    ) -> tuple[Staged, list[Event]]:
-        record = StageRecord()
-        events: list[Event] = self._note_drained()
-        superseded = self._stager.discard_latest(by=self._describe(source, version))
-        if superseded is not None:
-            events.append(
-                SupersededEvent(slot=self.name, version=str(superseded.version), number=superseded.number)
-            )
-        live = self._admission.live.generation
-        try:
-            if self._admission.is_closed:
-                raise SlotClosedError("Expected an open slot, got a closed one.", remedy="make a new ModuleSlot.")
-            request = StageRequest(
-                source=source,
-                version=None if version is None else Version(version),
-                name=self.name,
-                accept=self._accept,
-                policy=policy or self._policy,
-                constants=self._constants,
-                digests=digests or {},
-                config=config,
-                refresh=self._refresh,
-                mode=GradMode.current(),
-                live=live,
-                number=next(self._numbers),
-                owner=self._admission,
-                cancellation=cancellation,
-            )
-            staged = self._stager.run(request, record, progress=progress)
-        except HotglmError as error:
-            self._refuse(error, record, live, events)
-            raise
-        return staged, [*events, StagedEvent(slot=self.name, version=str(staged.version), number=staged.number)]
-
-    def _refuse(self, error: HotglmError, record: StageRecord, live: Generation, events: list[Event]) -> None:
-        version = record.version
-        self._with_slot(error, version)
-        error.receipt = Receipt(
-            action="refused",
-            slot=self.name,
-            old_version=live.version,
-            new_version=version,
-            old_number=live.number,
-            new_number=live.number,
-            source=record.source,
-            digest=live.digest,
-            verdict=record.verdict,
-            plan=record.plan,
-            timings=tuple(record.timings),
-            at_s=time.time(),
-            code=error.code,
-        )
-        self._refusals.append(str(error))
-        object.__setattr__(self, "_num_refused", self._num_refused + 1)
-        text = None if version is None else str(version)
-        self._publish(*events, RefusedEvent(slot=self.name, version=text, code=error.code, message=str(error)))
-
-    def _commit(self, staged: Staged, expected: Expected | None) -> tuple[Receipt, list[Event]]:
-        if not isinstance(staged, Staged) or staged.owner is not self._admission:
-            raise ArgumentError(
-                f"Expected a stage of slot {self.name!r}, got {shorten_repr(staged)}.",
-                remedy="commit what this slot's own stage() returned.",
-            )
-        started = time.perf_counter()
-        try:
-            generation = staged.generation
-            target = staged.base if expected is None else expected
-            old = self._admission.commit(generation, expected=target, claim=staged.claim)
-        except HotglmError as error:
-            raise self._with_slot(error, staged.version)
-        commit_s = time.perf_counter() - started
-        staged.release()
-        receipt = self._receipt("committed", old, generation, commit_s, staged)
-        event = CommittedEvent(
-            slot=self.name,
-            version=str(generation.version),
-            number=generation.number,
-            previous_version=str(old.generation.version),
-            previous_number=old.generation.number,
-        )
-        return receipt, [event]
-
-    def _receipt(
-        self, action: str, old: Publication, new: Generation, commit_s: float, staged: Staged | None = None
-    ) -> Receipt:
-        return Receipt(
-            action=action,
-            slot=self.name,
-            old_version=old.generation.version,
-            new_version=new.version,
-            old_number=old.generation.number,
-            new_number=new.number,
-            source=staged.source if staged else "",
-            digest=new.digest,
-            digests=new.digests,
-            verdict=staged.verdict if staged else None,
-            plan=staged.plan if staged else None,
-            timings=staged.timings if staged else (),
-            checks=staged.checks if staged else (),
-            carried=staged.carried if staged else (),
-            refreshed=staged.refreshed if staged else (),
-            converted=staged.converted if staged else (),
-            commit_s=commit_s,
-            at_s=time.time(),
-        )
-
-    def _with_slot(self, error: HotglmError, version: Version | None) -> HotglmError:
-        text = None if version is None else str(version)
-        return error.with_slot(slot=self.name, version=text, serving=str(self.version))
-
-    def _describe(self, source: object, version: object) -> str:
-        what = shorten_repr(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
-        return f"a stage of {what}" + (f" as version {version}" if version else "")
-
-    def _find_runners(self, generation: Generation) -> list[Holder]:
-        passes = find_passes(generation.module, generation.number)
-        return [*self._sessions.find(generation.number), *passes]
-
-    def _note_drained(self) -> list[Event]:
-        free = self._spares.forget_free()
-        return [DrainedEvent(slot=self.name, version=str(r.version), number=r.number) for r in free]
-
-    def _announce_held(self, retired: Retired, holders: tuple[Holder, ...]) -> None:
-        texts = tuple(map(str, holders)) or ("references kept outside the slot; slot.find_holders() names them",)
-        limit_s = self._spares.policy.drain_timeout_s
-        self._publish(
-            HeldEvent(
-                slot=self.name, version=str(retired.version), number=retired.number, limit_s=limit_s, holders=texts
-            )
-        )
-
-    def _drain_timeout(self, timeout_s: float, busy: list[Holder]) -> DrainTimeoutError:
-        texts = [str(holder) for holder in busy]
-        text = f"{self._spares.describe_holders()} {' '.join(texts)}".strip()
-        return DrainTimeoutError(
-            f"Expected old generations to be free within {timeout_s} s, got them still in use. {text}",
-            remedy="end the named passes and sessions; slot.find_holders() names references.",
-        )
-
-    def _publish(self, *events: Event) -> None:
-        for event in events:
-            self._subscribers.publish(event)
-
-    def _reset_after_fork(self) -> None:
-        self._admission.reset_lock_after_fork()
-        self._stager.reset_locks()
-        self._subscribers.reset_lock_after_fork()
+        self._core.close()
 
     # -- the slot itself as an object ------------------------------------------------------------------------------------
 
     def _options(self) -> dict[str, Any]:
+        settings = self._core.settings
         return {
             "name": self.name,
             "version": str(self.version),
-            "accept": self._accept,
-            "policy": self._policy,
-            "memory": self._spares.policy,
-            "constants": self._constants,
-            "refresh": self._refresh,
+            "accept": settings.accept,
+            "policy": settings.policy,
+            "memory": settings.memory,
+            "constants": settings.constants,
+            "refresh": settings.refresh,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSlot:
@@ -584,16 +294,6 @@ def _rebuild(module: nn.Module, options: dict[str, Any]) -> ModuleSlot:
     return ModuleSlot(module, **options)
 
 
-def _describe_generation(generation: Generation, state: str, holders: tuple[Holder, ...]) -> GenerationStatus:
-    return GenerationStatus(
-        number=generation.number,
-        version=generation.version,
-        state=state,
-        nbytes=weights_nbytes(generation),
-        holders=holders,
-    )
-
-
 _slots: weakref.WeakSet[ModuleSlot] = weakref.WeakSet()
 
 
@@ -606,7 +306,7 @@ def _after_fork_in_child() -> None:
     """
     slots = list(_slots)
     for slot in slots:
-        slot._reset_after_fork()
+        slot._core.reset_after_fork()
     if slots:
         torch.set_num_threads(1)
 

@@ -32,7 +32,8 @@ from hotglm.errors import (
 )
 from hotglm.slot.receipt import Progress
 from hotglm.slot.spare import Spares
-from hotglm.slot.staging import Staged, StageRecord, StageRequest, stage_version
+from hotglm.slot.staged import Staged, StageRecord
+from hotglm.slot.staging import StageRequest, stage_version
 from hotglm.weights.workers import Cancellation, lower_priority, start_thread
 
 __all__ = ["Stager"]

@@ -12,10 +12,8 @@ Rules this module keeps:
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -26,11 +24,8 @@ from hotglm.contract import Contract
 from hotglm.errors import (
     ArgumentError,
     DigestMismatchError,
-    DiscardedError,
     Problem,
     RefreshError,
-    SlotStateError,
-    SupersededError,
 )
 from hotglm.model.derived import run_refreshers
 from hotglm.model.inspection import StateEntry, contract_of, find_state
@@ -38,12 +33,12 @@ from hotglm.model.twin import Twin, copy_module, lay_out, rebind
 from hotglm.release.environment import read_environment
 from hotglm.slot.checks import GradMode, StagePolicy, run_checks
 from hotglm.slot.code import Code, choose_code
-from hotglm.slot.generation import Generation, State
-from hotglm.slot.memory import MemoryPlan
-from hotglm.slot.receipt import Progress, StageTiming
+from hotglm.slot.generation import Generation
+from hotglm.slot.receipt import Progress
 from hotglm.slot.source import Offer, Source, open_source
 from hotglm.slot.spare import Spares
-from hotglm.verdict import Candidate, Verdict, decide
+from hotglm.slot.staged import Staged, StageRecord
+from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
 from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.digest import combine_digests
@@ -52,7 +47,7 @@ from hotglm.weights.loader import Loaded, LoadOptions, Target, load_files, load_
 from hotglm.weights.plan import CHUNK_NBYTES
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks
 
-__all__ = ["StageRequest", "Staged", "stage_version"]
+__all__ = ["StageRequest", "stage_version"]
 
 _MAX_THREADS = 4
 _LABEL_LENGTH = 12
@@ -77,149 +72,8 @@ class StageRequest:
     number: int
     owner: object
     cancellation: Cancellation
-    report: Callable[[Progress], object] = lambda progress: None
-
-
-class Staged:
-    """A version that stands proved beside the live one, and waits to be committed.
-
-    A context manager: leaving it discards what was not committed. Any thread may use it.
-
-    Attributes:
-        version: its version.
-        number: the generation it will be.
-        base: number of the generation that was live when it was staged; `commit` expects that one unless told otherwise.
-        verdict: why it may take the live version's place.
-        plan: where its memory came from.
-        contract: what it promises.
-        digest: digest of its weights, None where hashing was turned off.
-        digests: digest of each tensor, by name.
-        timings: how long each part took.
-        checks: what was proved, in words.
-    """
-
-    def __init__(
-        self, generation: Generation, *, owner: object, base: int, source: str, record: StageRecord
-    ) -> None:
-        """Made by `ModuleSlot.stage` only; `owner` is the slot's admission, which alone may commit it."""
-        self.owner = owner
-        self._lock = threading.Lock()
-        self._generation: Generation | None = generation
-        self._state = State.STAGED
-        self._reason = ""
-        self.base = base
-        self.source = source
-        self.version = generation.version
-        self.number = generation.number
-        self.contract = generation.contract
-        self.digest = generation.digest
-        self.digests = generation.digests
-        self.verdict: Verdict = record.verdict
-        self.plan: MemoryPlan = record.plan
-        self.timings = tuple(record.timings)
-        self.checks = record.checks
-        self.carried = record.carried
-        self.refreshed = record.refreshed
-        self.converted = tuple(record.converted)
-
-    @property
-    def state(self) -> State:
-        """Where it is: staged, committed (then live or later), or discarded."""
-        return self._state
-
-    @property
-    def module(self) -> nn.Module:
-        """The proved module, for a last look; not to be written.
-
-        Raises:
-            DiscardedError, SupersededError: it is no longer staged.
-        """
-        return self.generation.module
-
-    @property
-    def generation(self) -> Generation:
-        """The generation it will be.
-
-        Raises:
-            DiscardedError, SupersededError: it is no longer staged.
-        """
-        generation = self._generation
-        if generation is None:
-            raise self._spent()
-        return generation
-
-    def discard(self) -> bool:
-        """Give the spare back; return whether it was still staged. A committed or discarded stage is left as it is."""
-        return self._end("was discarded")
-
-    def supersede(self, *, by: str) -> bool:
-        """Discard it because a newer stage begins; return whether it was still staged."""
-        return self._end(f"was superseded by {by}")
-
-    def claim(self) -> None:
-        """Mark it as committed.
-
-        Raises:
-            DiscardedError, SupersededError: it is no longer staged.
-        """
-        with self._lock:
-            if self._state is not State.STAGED:
-                raise self._spent()
-            self._state, self._reason = State.LIVE_ON_TRIAL, "was committed already"
-
-    def release(self) -> None:
-        """Let go of the generation after the commit, so that keeping this object keeps no memory."""
-        self._generation = None
-
-    def _end(self, reason: str) -> bool:
-        with self._lock:
-            if self._state is not State.STAGED:
-                return False
-            self._state, self._reason, self._generation = State.DISCARDED, reason, None
-            return True
-
-    def _spent(self) -> SlotStateError:
-        kind = SupersededError if "superseded" in self._reason else DiscardedError
-        return kind(
-            f"Expected a stage that waits for its commit, got version {self.version}, which {self._reason or 'is committed'}.",
-            remedy="stage the source again.",
-        )
-
-    def __enter__(self) -> Staged:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Discard it unless it was committed."""
-        self.discard()
-
-    def __repr__(self) -> str:
-        """Name version, generation and state."""
-        return f"<Staged version {self.version}, generation {self.number}, {self._state.value}>"
-
-
-@dataclass(slots=True, kw_only=True)
-class StageRecord:
-    """What a stage has found out so far; survives its failure, for the receipt."""
-
-    source: str = ""
-    version: Version | None = None
-    verdict: Verdict = None  # type: ignore[assignment]  # set before the first use; a failure before that has none
-    plan: MemoryPlan = None  # type: ignore[assignment]  # likewise
-    timings: list[StageTiming] = field(default_factory=list)
-    checks: tuple[str, ...] = ()
-    carried: tuple[str, ...] = ()
-    refreshed: tuple[str, ...] = ()
-    converted: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def timed(self, part: str, nbytes: int = 0) -> Iterator[None]:
-        """Time one part of the stage."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings.append(StageTiming(part=part, duration_s=time.perf_counter() - started, nbytes=nbytes))
+    report: Callable[[Progress], object]
+    on_discard: Callable[[Staged], object]
 
 
 def stage_version(request: StageRequest, spares: Spares, record: StageRecord) -> Staged:
@@ -273,7 +127,7 @@ class _Stage:
         cancellation.raise_if_cancelled()
         request = self._request
         return Staged(
-            generation, owner=request.owner, base=request.live.number, source=self._offer.label, record=record
+            generation, owner=request.owner, base=request.live.number, record=record, on_discard=request.on_discard
         )
 
     # -- decide ----------------------------------------------------------------------------------------------------------
@@ -430,7 +284,9 @@ def _verify_digest_names(offer: Offer, digests: Mapping[str, str]) -> None:
     if unknown:
         raise DigestMismatchError(
             f"Expected digests of tensors that {offer.label} has, got some of others.",
-            problems=[Problem(code="DIGEST_MISMATCH", message="No such tensor in the source", tensor=n) for n in unknown],
+            problems=[
+                Problem(code="DIGEST_MISMATCH", message="No such tensor in the source", tensor=n) for n in unknown
+            ],
             remedy="pass the digests that belong to this source.",
         )
 

@@ -81,5 +81,7 @@ class Status:
             )
             lines += [f"    held by {holder.description}" for holder in generation.holders]
         lines += [f"  staged          {self.staged}"] if self.staged else []
-        lines += [f"  refused {self.num_refused}, the last: {self.last_refusal.splitlines()[0]}"] if self.num_refused else []
+        lines += (
+            [f"  refused {self.num_refused}, the last: {self.last_refusal.splitlines()[0]}"] if self.num_refused else []
+        )
         return "\n".join(lines)

@@ -252,7 +252,9 @@ def _find_bad_values(name: str, view: torch.Tensor, *, loaded: Loaded, finite: b
 class _FileJob:
     """One load from files: which tensors are read straight into the arena, and which by way of a buffer."""
 
-    def __init__(self, files: WeightFiles, targets: Mapping[str, Target], *, lease: Lease, options: LoadOptions) -> None:
+    def __init__(
+        self, files: WeightFiles, targets: Mapping[str, Target], *, lease: Lease, options: LoadOptions
+    ) -> None:
         self.loaded = Loaded()
         self._files = files
         self._numbers = {id(file): number for number, file in enumerate(files.files)}
@@ -276,7 +278,9 @@ class _FileJob:
 
     def plan_seconds(self) -> list[Callable[[], None]]:
         """Return the tasks that compare further names of tied tensors with what the first names brought."""
-        return [functools.partial(self._read_buffered, name) for name in self._files.tensors if name not in self._firsts]
+        return [
+            functools.partial(self._read_buffered, name) for name in self._files.tensors if name not in self._firsts
+        ]
 
     def _is_direct(self, name: str) -> bool:
         view = self._targets[name].view

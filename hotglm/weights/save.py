@@ -76,7 +76,9 @@ def _collect(source: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.
     seen: set[tuple[object, ...]] = set()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in named.items():
-        identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else (name,)
+        identity = (
+            (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else (name,)
+        )
         if identity not in seen:
             seen.add(identity)
             tensors[name] = tensor.detach().contiguous()

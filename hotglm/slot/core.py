@@ -1,0 +1,339 @@
+"""The updates of a slot: stage, commit, roll back, confirm, close, with their receipts and announcements.
+
+Rules this module keeps:
+
+- Announcements are made when nothing is locked any more, and after the point of no return.
+- Whatever fails is typed, names slot, version and what still serves, and has a receipt.
+- Nothing here is on the way of a pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hotglm.errors import ArgumentError, HotglmError, SlotClosedError, shorten_repr
+from hotglm.events import (
+    ClosedEvent,
+    CommittedEvent,
+    ConfirmedEvent,
+    DiscardedEvent,
+    DrainedEvent,
+    Event,
+    HeldEvent,
+    RefusedEvent,
+    RolledBackEvent,
+    StagedEvent,
+    Subscribers,
+    SupersededEvent,
+)
+from hotglm.slot.admission import Admission, Expected, Publication
+from hotglm.slot.checks import GradMode, StagePolicy
+from hotglm.slot.generation import Generation, Retired
+from hotglm.slot.holders import Holder, Sessions
+from hotglm.slot.memory import MemoryPolicy
+from hotglm.slot.receipt import Progress, Receipt
+from hotglm.slot.source import Source
+from hotglm.slot.spare import Spares
+from hotglm.slot.staged import Staged, StageRecord
+from hotglm.slot.stager import Stager
+from hotglm.slot.staging import StageRequest
+from hotglm.version import Bump, Version
+from hotglm.weights.workers import Cancellation
+
+__all__ = ["SlotCore", "SlotSettings", "StageOptions"]
+
+_MAX_REFUSALS = 100
+"""Texts of refusals kept for `status()`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotSettings:
+    """What a slot was made with; see `ModuleSlot`."""
+
+    name: str
+    accept: Bump
+    policy: StagePolicy
+    memory: MemoryPolicy
+    constants: tuple[str, ...]
+    refresh: Callable[[nn.Module], object] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOptions:
+    """What one stage was asked for; see `ModuleSlot.stage`."""
+
+    policy: StagePolicy | None = None
+    digests: Mapping[str, str] | None = None
+    config: Mapping[str, Any] | None = None
+    progress: Callable[[Progress], object] | None = None
+
+
+class SlotCore:
+    """Everything of a slot that is not a pass. Any thread may call any method."""
+
+    def __init__(self, first: Generation, settings: SlotSettings) -> None:
+        """Publish `first`; nothing is staged."""
+        self.settings = settings
+        self.admission = Admission(first, name=settings.name)
+        self.sessions = Sessions()
+        self.subscribers = Subscribers()
+        self.spares = Spares(
+            admission=self.admission, sessions=self.sessions, policy=settings.memory, on_held=self._announce_held
+        )
+        self.stager = Stager(self.spares, name=settings.name)
+        self.refusals: deque[str] = deque(maxlen=_MAX_REFUSALS)
+        self.num_refused = 0
+        self._numbers = itertools.count(first.number + 1)
+
+    def stage(self, source: Source, version: str | Version | None, options: StageOptions) -> Staged:
+        """Stage `source`; see `ModuleSlot.stage`."""
+        with self.stager.turn(what=_describe(source, version), can_be_superseded=True) as cancellation:
+            staged, events = self._stage(source, version, options, cancellation)
+        self.publish(*events)
+        return staged
+
+    def commit(self, staged: Staged, expected: Expected | None) -> Receipt:
+        """Commit `staged`; see `ModuleSlot.commit`."""
+        receipt, event = self._commit(staged, expected)
+        self.publish(event)
+        return receipt
+
+    def update(
+        self, source: Source, version: str | Version | None, expected: Expected | None, options: StageOptions
+    ) -> Receipt:
+        """Stage and commit in one turn; see `ModuleSlot.update`."""
+        with self.stager.turn(what=_describe(source, version), can_be_superseded=False) as cancellation:
+            staged, events = self._stage(source, version, options, cancellation)
+            try:
+                receipt, event = self._commit(staged, expected)
+            except BaseException:
+                staged.discard()
+                raise
+        self.publish(*events, event)
+        return receipt
+
+    def rollback(self, to: Expected | None, expected: Expected | None) -> Receipt:
+        """Make a held generation live; see `ModuleSlot.rollback`."""
+        started = time.perf_counter()
+        try:
+            old, new = self.admission.rollback(to, expected=expected)
+        except HotglmError as error:
+            self.add_context(error)
+            raise
+        receipt = self._receipt("rolled back", old, new.generation, time.perf_counter() - started)
+        before, after = old.generation, new.generation
+        self.publish(
+            RolledBackEvent(
+                slot=self.settings.name,
+                version=str(after.version),
+                number=after.number,
+                previous_version=str(before.version),
+                previous_number=before.number,
+            )
+        )
+        return receipt
+
+    def confirm(self, expected: Expected | None) -> bool:
+        """End the trial; see `ModuleSlot.confirm`."""
+        try:
+            publication = self.admission.confirm(expected=expected)
+        except HotglmError as error:
+            self.add_context(error)
+            raise
+        if publication is None:
+            return False
+        live = publication.generation
+        self.publish(ConfirmedEvent(slot=self.settings.name, version=str(live.version), number=live.number))
+        return True
+
+    def close(self) -> None:
+        """Take no further updates; see `ModuleSlot.close`."""
+        if not self.admission.close():
+            return
+        with self.stager.turn(what="close", can_be_superseded=False):
+            self.stager.discard_latest(by="close")
+            for held in self.admission.live.held:
+                self.spares.retire_now(held)
+        self.publish(*self.note_drained(), ClosedEvent(slot=self.settings.name))
+
+    def publish(self, *events: Event) -> None:
+        """Tell the subscribers, in order."""
+        for event in events:
+            self.subscribers.publish(event)
+
+    def note_drained(self) -> list[Event]:
+        """Forget the retired generations that are free, and return the events that say so."""
+        name = self.settings.name
+        free = self.spares.forget_free()
+        return [DrainedEvent(slot=name, version=str(retired.version), number=retired.number) for retired in free]
+
+    def add_context(self, error: HotglmError, version: Version | None = None) -> None:
+        """Note in an error which slot and versions it concerns."""
+        serving = str(self.admission.live.generation.version)
+        error.with_slot(slot=self.settings.name, version=None if version is None else str(version), serving=serving)
+
+    def reset_after_fork(self) -> None:
+        """Replace every lock, in a forked child, where the threads that may have held them do not exist."""
+        self.admission.reset_lock_after_fork()
+        self.stager.reset_locks()
+        self.subscribers.reset_lock_after_fork()
+
+    # -- parts -----------------------------------------------------------------------------------------------------------
+
+    def _stage(
+        self, source: Source, version: str | Version | None, options: StageOptions, cancellation: Cancellation
+    ) -> tuple[Staged, list[Event]]:
+        record = StageRecord()
+        events = [*self.note_drained(), *self._supersede(source, version)]
+        live = self.admission.live.generation
+        try:
+            request = self._request(source, version, options, live=live, cancellation=cancellation)
+            staged = self.stager.run(request, record, progress=options.progress)
+        except HotglmError as error:
+            events.append(self._refuse(error, record, live))
+            self.publish(*events)
+            raise
+        event = StagedEvent(slot=self.settings.name, version=str(staged.version), number=staged.number)
+        return staged, [*events, event]
+
+    def _supersede(self, source: Source, version: str | Version | None) -> list[Event]:
+        old = self.stager.discard_latest(by=_describe(source, version))
+        if old is None:
+            return []
+        by = None if version is None else str(version)
+        event = SupersededEvent(slot=self.settings.name, version=str(old.version), number=old.number, by_version=by)
+        return [event]
+
+    def _request(
+        self,
+        source: Source,
+        version: str | Version | None,
+        options: StageOptions,
+        *,
+        live: Generation,
+        cancellation: Cancellation,
+    ) -> StageRequest:
+        if self.admission.is_closed:
+            raise SlotClosedError("Expected an open slot, got a closed one.", remedy="make a new ModuleSlot.")
+        settings = self.settings
+        return StageRequest(
+            source=source,
+            version=None if version is None else Version(version),
+            name=settings.name,
+            accept=settings.accept,
+            policy=options.policy or settings.policy,
+            constants=settings.constants,
+            digests=options.digests or {},
+            config=options.config,
+            refresh=settings.refresh,
+            mode=GradMode.current(),
+            live=live,
+            number=next(self._numbers),
+            owner=self.admission,
+            cancellation=cancellation,
+            report=_ignore,
+            on_discard=self._announce_discarded,
+        )
+
+    def _refuse(self, error: HotglmError, record: StageRecord, live: Generation) -> Event:
+        version = record.version
+        self.add_context(error, version)
+        error.receipt = Receipt(
+            action="refused",
+            slot=self.settings.name,
+            old_version=live.version,
+            new_version=version,
+            old_number=live.number,
+            new_number=live.number,
+            source=record.source,
+            digest=live.digest,
+            verdict=record.verdict,
+            plan=record.plan,
+            timings=tuple(record.timings),
+            at_s=time.time(),
+            code=error.code,
+        )
+        self.refusals.append(str(error))
+        self.num_refused += 1
+        text = None if version is None else str(version)
+        return RefusedEvent(slot=self.settings.name, version=text, code=error.code, message=str(error))
+
+    def _commit(self, staged: Staged, expected: Expected | None) -> tuple[Receipt, Event]:
+        if not isinstance(staged, Staged) or staged.owner is not self.admission:
+            raise ArgumentError(
+                f"Expected a stage of slot {self.settings.name!r}, got {shorten_repr(staged)}.",
+                remedy="commit what this slot's own stage() returned.",
+            )
+        started = time.perf_counter()
+        try:
+            generation = staged.generation
+            target = staged.base if expected is None else expected
+            old = self.admission.commit(generation, expected=target, claim=staged.claim)
+        except HotglmError as error:
+            self.add_context(error, staged.version)
+            raise
+        commit_s = time.perf_counter() - started
+        staged.release()
+        receipt = self._receipt("committed", old, generation, commit_s, staged)
+        event = CommittedEvent(
+            slot=self.settings.name,
+            version=str(generation.version),
+            number=generation.number,
+            previous_version=str(old.generation.version),
+            previous_number=old.generation.number,
+        )
+        return receipt, event
+
+    def _receipt(
+        self, action: str, old: Publication, new: Generation, commit_s: float, staged: Staged | None = None
+    ) -> Receipt:
+        parts = {} if staged is None else {name: getattr(staged, name) for name in _STAGED_PARTS}
+        return Receipt(
+            action=action,
+            slot=self.settings.name,
+            old_version=old.generation.version,
+            new_version=new.version,
+            old_number=old.generation.number,
+            new_number=new.number,
+            digest=new.digest,
+            digests=new.digests,
+            commit_s=commit_s,
+            at_s=time.time(),
+            **parts,
+        )
+
+    def _announce_held(self, retired: Retired, holders: tuple[Holder, ...]) -> None:
+        texts = tuple(map(str, holders)) or ("references kept outside the slot; slot.find_holders() names them",)
+        event = HeldEvent(
+            slot=self.settings.name,
+            version=str(retired.version),
+            number=retired.number,
+            limit_s=self.settings.memory.drain_timeout_s,
+            holders=texts,
+        )
+        self.publish(event)
+
+    def _announce_discarded(self, staged: Staged) -> None:
+        self.publish(DiscardedEvent(slot=self.settings.name, version=str(staged.version), number=staged.number))
+
+
+_STAGED_PARTS = ("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted")
+"""What a receipt takes over from the stage as it is."""
+
+
+def _describe(source: object, version: object) -> str:
+    what = shorten_repr(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
+    return f"a stage of {what}" + (f" as version {version}" if version else "")
+
+
+def _ignore(progress: Progress) -> None:
+    """Take progress that nobody asked for; the stager puts its own queue here."""
+    del progress

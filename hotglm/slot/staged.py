@@ -1,0 +1,185 @@
+"""A version that stands proved beside the live one, and the record of how it came there.
+
+Rules this module keeps:
+
+- A stage ends once: it is committed, discarded or superseded, whichever comes first, and says so to whoever comes later.
+- Keeping the object after that keeps no memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+from typing_extensions import Self
+
+from hotglm.errors import DiscardedError, SlotStateError, SupersededError
+from hotglm.slot.generation import Generation, State
+from hotglm.slot.memory import MemoryPlan
+from hotglm.slot.receipt import StageTiming
+from hotglm.verdict import Verdict
+from hotglm.version import Version
+
+__all__ = ["StageRecord", "Staged"]
+
+
+class Staged:
+    """A version that stands proved beside the live one, and waits to be committed.
+
+    A context manager: leaving it discards what was not committed. Any thread may use it.
+
+    Attributes:
+        version: its version.
+        number: the generation it will be.
+        base: number of the generation that was live when it was staged; `commit` expects that one unless told otherwise.
+        verdict: why it may take the live version's place.
+        plan: where its memory came from.
+        contract: what it promises.
+        digest: digest of its weights, None where hashing was turned off.
+        digests: digest of each tensor, by name.
+        timings: how long each part took.
+        checks: what was proved, in words.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        *,
+        owner: object,
+        base: int,
+        record: StageRecord,
+        on_discard: Callable[[Staged], object],
+    ) -> None:
+        """Made by `ModuleSlot.stage` only; `owner` is the slot's admission, which alone may commit it.
+
+        Raises:
+            ValueError: the record has no verdict or plan, as that of a stage that did not come to its end.
+        """
+        if record.verdict is None or record.plan is None:
+            raise ValueError("a stage that was not decided and planned cannot be staged")
+        self.owner = owner
+        self._on_discard = on_discard
+        self._lock = threading.Lock()
+        self._generation: Generation | None = generation
+        self._state = State.STAGED
+        self._reason = ""
+        self.base = base
+        self.source = record.source
+        self.version = generation.version
+        self.number = generation.number
+        self.contract = generation.contract
+        self.digest = generation.digest
+        self.digests = generation.digests
+        self.verdict: Verdict = record.verdict
+        self.plan: MemoryPlan = record.plan
+        self.timings = tuple(record.timings)
+        self.checks = record.checks
+        self.carried = record.carried
+        self.refreshed = record.refreshed
+        self.converted = tuple(record.converted)
+
+    @property
+    def state(self) -> State:
+        """Where it is: staged, committed (then live or later), or discarded."""
+        return self._state
+
+    @property
+    def module(self) -> nn.Module:
+        """The proved module, for a last look; not to be written.
+
+        Raises:
+            DiscardedError, SupersededError: it is no longer staged.
+        """
+        return self.generation.module
+
+    @property
+    def generation(self) -> Generation:
+        """The generation it will be.
+
+        Raises:
+            DiscardedError, SupersededError: it is no longer staged.
+        """
+        generation = self._generation
+        if generation is None:
+            raise self._spent()
+        return generation
+
+    def discard(self) -> bool:
+        """Give the spare back; return whether it was still staged. A committed or discarded stage is left as it is."""
+        ended = self._end("was discarded")
+        if ended:
+            self._on_discard(self)
+        return ended
+
+    def supersede(self, *, by: str) -> bool:
+        """Discard it because a newer stage begins; return whether it was still staged."""
+        return self._end(f"was superseded by {by}")
+
+    def claim(self) -> None:
+        """Mark it as committed.
+
+        Raises:
+            DiscardedError, SupersededError: it is no longer staged.
+        """
+        with self._lock:
+            if self._state is not State.STAGED:
+                raise self._spent()
+            self._state, self._reason = State.LIVE_ON_TRIAL, "was committed already"
+
+    def release(self) -> None:
+        """Let go of the generation after the commit, so that keeping this object keeps no memory."""
+        self._generation = None
+
+    def _end(self, reason: str) -> bool:
+        with self._lock:
+            if self._state is not State.STAGED:
+                return False
+            self._state, self._reason, self._generation = State.DISCARDED, reason, None
+            return True
+
+    def _spent(self) -> SlotStateError:
+        kind = SupersededError if "superseded" in self._reason else DiscardedError
+        return kind(
+            f"Expected a stage that waits for its commit, got version {self.version}, which {self._reason or 'is committed'}.",
+            remedy="stage the source again.",
+        )
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Discard it unless it was committed."""
+        self.discard()
+
+    def __repr__(self) -> str:
+        """Name version, generation and state."""
+        return f"<Staged version {self.version}, generation {self.number}, {self._state.value}>"
+
+
+@dataclass(slots=True, kw_only=True)
+class StageRecord:
+    """What a stage has found out so far; survives its failure, for the receipt."""
+
+    source: str = ""
+    version: Version | None = None
+    verdict: Verdict | None = None
+    plan: MemoryPlan | None = None
+    timings: list[StageTiming] = field(default_factory=list)
+    checks: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    refreshed: tuple[str, ...] = ()
+    converted: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, part: str, nbytes: int = 0) -> Iterator[None]:
+        """Time one part of the stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings.append(StageTiming(part=part, duration_s=time.perf_counter() - started, nbytes=nbytes))
