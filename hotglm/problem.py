@@ -1,7 +1,7 @@
 """One thing that is wrong, as data, and names from outside made safe to print.
 
-Rules this module keeps: a name that comes from a file is printed with `ascii`, so that no byte of it reaches a terminal or a
-log line raw.
+Rules this module keeps: a name that comes from a file is printed with `ascii`, so that no byte of it reaches a
+terminal or a log line raw.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Problem:
 
 
 def shorten_repr(value: object, *, limit: int = 120) -> str:
-    """Return `repr(value)`, cut in the middle to about `limit` characters, for names that come from outside.
+    r"""Return `repr(value)`, cut in the middle to about `limit` characters, for names that come from outside.
 
-    >>> shorten_repr("a\\x1b[31m")
-    "'a\\\\x1b[31m'"
+    >>> shorten_repr("a\x1b[31m")
+    "'a\\x1b[31m'"
     """
     text = ascii(value[: 4 * limit] if isinstance(value, str) else value)
     return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 3 :]}"

@@ -2,8 +2,8 @@
 
 Rules this module keeps:
 
-- Reading and staging open, read, map memory and start threads only through `active`, so that a test can make the Nth call
-  of any kind fail (FAULTS K06, D07, D14, D20) without patching the standard library under everybody else.
+- Reading and staging open, read, map memory and start threads only through `active`, so that a test can make the Nth
+  call of any kind fail (FAULTS K06, D07, D14, D20) without patching the standard library under everybody else.
 - The real seam adds nothing: each method is the call itself. A replacement must keep the same signatures.
 - Nothing in production ever assigns `active`; `hotglm.testing` and the tests do, around one test.
 """

@@ -3,8 +3,8 @@
 Rules this module keeps:
 
 - The grammar is `packaging`'s; there is no second one. Epochs, pre-releases and local labels mean what PEP 440 says.
-- The first three release numbers are major, minor and patch; missing ones are zero. Below 1.0 the minor number plays the
-  part of the major one, as in Cargo's reading of semantic versioning: 0.3 to 0.4 may break callers.
+- The first three release numbers are major, minor and patch; missing ones are zero. Below 1.0 the minor number plays
+  the part of the major one, as in Cargo's reading of semantic versioning: 0.3 to 0.4 may break callers.
 - Nothing here reads a file, a clock or torch.
 """
 
@@ -92,7 +92,7 @@ class Version:
             except InvalidVersion:
                 raise VersionSyntaxError(
                     f"Expected a version as text, got {shorten_repr(text)}.",
-                    remedy="write it as MAJOR.MINOR.PATCH with an optional local label, e.g. '2.1.0' or '2.1.0+nightly'.",
+                    remedy="write MAJOR.MINOR.PATCH with an optional local label, e.g. '2.1.0' or '2.1.0+nightly'.",
                 ) from None
         object.__setattr__(self, "_parsed", parsed)
 

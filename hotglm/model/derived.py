@@ -5,9 +5,10 @@ in the file, so after a swap it must come from somewhere. Rules this module keep
 
 - A method marked with `refresh` recomputes what it names; it runs in the spare, after the weights are in and before
   warm-up, under `torch.no_grad`, once per module, children before parents.
-- What nobody declares is carried over only where it cannot depend on weights: in a module that holds no weights of its own
-  (a rotary embedding), or where it is an index or a mask (bool, int16, int32, int64). Everything else is refused by name
-  (`StaleStateError`): a cache that is right only for the old weights gives wrong answers without any error.
+- What nobody declares is carried over only where it cannot depend on weights: in a module that holds no weights of
+  its own (a rotary embedding), or where it is an index or a mask (bool, int16, int32, int64). Everything else is
+  refused by
+  name (`StaleStateError`): a cache that is right only for the old weights gives wrong answers without any error.
 - `constants` are patterns (`fnmatch`) of full names that the user vouches for.
 
 [Note: derived state]
@@ -102,7 +103,7 @@ def run_refreshers(root: nn.Module) -> tuple[str, ...]:
             try:
                 with torch.no_grad():
                     getattr(module, method)()
-            except Exception as failure:
+            except Exception as failure:  # noqa: BLE001 - the user's code may raise anything; all are reported
                 cause = cause or failure
                 problems.append(
                     Problem(code="REFRESH_FAILED", message=f"{full}() raised {type(failure).__name__}: {failure}")

@@ -4,8 +4,8 @@ Rules this module keeps:
 
 - Every name under which `state_dict` would list a tensor is listed, aliases included, in registration order.
 - Nothing is read but metadata; no tensor is copied, moved or written.
-- What a slot cannot hold (lazy, meta, sparse, quantised, tensor subclasses, other devices) is refused here, all of it at
-  once, before anything else is tried.
+- What a slot cannot hold (lazy, meta, sparse, quantised, tensor subclasses, other devices) is refused here, all of it
+  at once, before anything else is tried.
 """
 
 from __future__ import annotations
@@ -143,14 +143,14 @@ def _find_unsupported_modules(root: nn.Module) -> Iterator[Problem]:
         if isinstance(module, torch.jit.ScriptModule):
             yield Problem(
                 code="CANNOT_SWAP_COMPILED",
-                message=f"Expected an eager module at {where}, got TorchScript, whose code cannot be given other tensors",
+                message=f"Expected an eager module at {where}, got TorchScript, whose tensors are fixed",
             )
         elif hasattr(module, "__hotglm_slot__"):
             yield Problem(code="NESTED_SLOT", message=f"Expected no slot inside a slot's module, got one at {where}")
         elif type(module).get_extra_state is not nn.Module.get_extra_state:
             yield Problem(
                 code="EXTRA_STATE",
-                message=f"Expected state in tensors only, got get_extra_state() at {where}, which no safetensors file carries",
+                message=f"Expected state in tensors only, got get_extra_state() at {where}",
             )
 
 

@@ -2,7 +2,8 @@
 
 Rules this module keeps:
 
-- The mark is on the class that was decorated, not on its subclasses: a subclass is another model until it says otherwise.
+- The mark is on the class that was decorated, not on its subclasses: a subclass is another model until it says
+  otherwise.
 - One class per name and version. The same class defined again (a notebook cell run twice, a module reloaded) replaces
   itself; another class is refused.
 - The registry holds classes, never instances, and imports nothing.
@@ -67,7 +68,7 @@ class Definition:
             raise DefinitionError(
                 f"Expected {self.model.__qualname__} {self.version} to be built from its config, got "
                 f"{type(error).__name__}: {error}.",
-                remedy="ship the config beside the weights (config.json or metadata 'hotglm.config'), or stage a module.",
+                remedy="ship the config beside the weights (config.json or metadata), or stage a module.",
             ) from error
 
 

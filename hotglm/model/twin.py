@@ -2,29 +2,29 @@
 
 Rules this module keeps:
 
-- Every generation gets a thin module of its own over the arena's views. Whoever keeps it, one of its submodules, a bound
-  method or a parameter, keeps the arena's lease with it, so nothing held outside is ever written under; there is no second
-  kind of hold to look for (DESIGN section 5, "Reuse"). Compiled code is shared all the same: Dynamo caches by code object.
+- Every generation gets a thin module of its own over the arena's views. Whoever keeps it, one of its submodules, a
+  bound method or a parameter, keeps the arena's lease with it, so nothing held outside is ever written under; there
+  is no second kind of hold to look for (DESIGN section 5, "Reuse"). Compiled code is shared all the same: Dynamo
+  caches by code object.
 - No weight is copied here. Registered tensors become views; the copier meets no other tensor without asking.
-- The class, hooks, flags and attributes are the user's own. What cannot be carried over is refused by name, all at once.
+- The class, hooks, flags and attributes are the user's own. What cannot be carried over is refused by name, all at
+  once.
 - The module being copied may be serving: its dictionaries are snapshot before they are walked, the GIL is given away
   between modules, and nothing in it is written.
 
 [Note: tensors that are not registered]
-`copy.deepcopy` of a tensor is a torch function, so a `TorchFunctionMode`, which is local to the thread, sees every tensor
-the copier reaches, however deep in lists, dicts or objects. One that overlaps registered state becomes the same view of
-the spare. Any other is cloned if it may be carried over (`model/derived.py`), and refused if not.
+`copy.deepcopy` of a tensor is a torch function, so a `TorchFunctionMode`, which is local to the thread, sees every
+tensor the copier reaches, however deep in lists, dicts or objects. One that overlaps registered state becomes the
+same view of the spare. Any other is cloned if it may be carried over (`model/derived.py`), and refused if not.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
-import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from hotglm.errors import Problem, StaleStateError, UncopyableError, shorten_repr
 from hotglm.model.derived import may_carry_over
 from hotglm.model.inspection import StateEntry, find_state
+from hotglm.model.references import copies_itself, find_captured, iterate_items, reaches
 from hotglm.weights.arena import ALIGNMENT, Lease
 from hotglm.weights.layout import Extent, Layout, plan_layout
 from hotglm.weights.workers import yield_gil
@@ -79,7 +80,7 @@ def lay_out(entries: Iterable[StateEntry]) -> Layout:
 
     Expanded tensors, whose elements share memory, get room for all of their elements.
     """
-    extents = []
+    extents: list[Extent] = []
     for entry in entries:
         expanded = _overlaps_itself(entry.tensor)
         extents.append(
@@ -109,7 +110,7 @@ def copy_module(module: nn.Module, *, layout: Layout, lease: Lease, constants: S
     for attempt in range(_NUM_ATTEMPTS):
         try:
             return _Copier(module, layout=layout, lease=lease, constants=constants).copy()
-        except _ChangedWhileCopied as failure:
+        except _ChangedWhileCopiedError as failure:
             if attempt == _NUM_ATTEMPTS - 1:
                 raise UncopyableError(
                     "Expected a module that stands still for the length of one attribute's copy.",
@@ -128,7 +129,7 @@ def rebind(module: nn.Module, *, constants: Sequence[str] = ()) -> None:
     _Copier(module, layout=lay_out(entries), lease=None, constants=constants).copy()
 
 
-class _ChangedWhileCopied(Exception):
+class _ChangedWhileCopiedError(Exception):
     """A container of the serving module changed size while it was walked."""
 
 
@@ -171,8 +172,9 @@ class _Copier(TorchFunctionMode):
         self._where: tuple[str, nn.Module] = ("", root)
 
     def copy(self) -> Twin:
-        # Staging may run in a thread whose caller is in inference mode; parameters must be ordinary tensors all the same.
-        with torch.inference_mode(False), torch.no_grad():
+        # Staging may run in a thread whose caller is in inference mode; parameters must be ordinary tensors all the
+        # same.
+        with torch.inference_mode(mode=False), torch.no_grad():
             self._map_state()
             modules = list(self._root.named_modules())
             self._tree = {id(module): path for path, module in modules}
@@ -236,7 +238,7 @@ class _Copier(TorchFunctionMode):
                 self._remember(module, copy.deepcopy(module, self._memo))
         except RuntimeError as failure:
             if "changed size" in str(failure) or "mutated" in str(failure):
-                raise _ChangedWhileCopied(f"module {shorten_repr(path or type(module).__name__)}") from failure
+                raise _ChangedWhileCopiedError(f"module {shorten_repr(path or type(module).__name__)}") from failure
             raise
         except _SHAREABLE_FAILURES as failure:
             self._refuse(path, type(module).__name__, f"its class copies itself and failed: {failure}")
@@ -258,7 +260,7 @@ class _Copier(TorchFunctionMode):
         """Enter into the memo what `deepcopy` would treat wrongly: weak references, hooks, partials, foreign owners."""
         for name, value in attributes.items():
             is_hooks = name.endswith("_hooks") and isinstance(value, dict)
-            for item in _iterate_items(value):
+            for item in iterate_items(value):
                 if isinstance(item, weakref.ref):
                     self._map_weakref(item)
                 elif inspect.isfunction(item):
@@ -267,11 +269,11 @@ class _Copier(TorchFunctionMode):
                     self._remember(item, item)  # a method of somebody else's object stays that object's
                 elif isinstance(item, nn.Parameter) and id(item) not in self._memo:
                     self._copy_tensor(item, self._memo)  # Parameter.__deepcopy__ asks no function mode
-                elif is_hooks and item is not value and not _copies_itself(item) and not self._leads_inside(item):
+                elif is_hooks and item is not value and not copies_itself(item) and not self._leads_inside(item):
                     self._remember(item, item)  # a hook with state of its own goes on with that state
 
     def _leads_inside(self, value: object) -> bool:
-        return _reaches(value, self._is_inside)
+        return reaches(value, self._is_inside)
 
     def _map_weakref(self, reference: weakref.ref[Any]) -> None:
         target = reference()
@@ -281,7 +283,7 @@ class _Copier(TorchFunctionMode):
             self._remember(reference, weakref.ref(self._memo[id(target)]))
 
     def _judge_function(self, path: str, name: str, function: Callable[..., object]) -> None:
-        for captured in _find_captured(function):
+        for captured in find_captured(function):
             if self._is_inside(captured):
                 label = getattr(function, "__qualname__", repr(function))
                 self._refuse(path, name, f"the function {label} has captured a part of the module it is attached to")
@@ -300,7 +302,7 @@ class _Copier(TorchFunctionMode):
         if problem not in self._findings.uncopyable:
             self._findings.uncopyable.append(problem)
 
-    # -- tensors that are not registered ---------------------------------------------------------------------------------
+    # -- tensors that are not registered -----------------------------------------------------------------------------
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -346,7 +348,7 @@ class _Copier(TorchFunctionMode):
 
 
 def _has_plain_state(cls: type[nn.Module]) -> bool:
-    """Whether an instance of `cls` is its `__dict__` and nothing else, so that it can be copied attribute by attribute."""
+    """Whether an instance of `cls` is its `__dict__` and nothing else, to be copied attribute by attribute."""
     plain = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__slots__")
     for base in cls.__mro__:
         if base is nn.Module:
@@ -356,57 +358,12 @@ def _has_plain_state(cls: type[nn.Module]) -> bool:
     return False
 
 
-def _iterate_items(value: object) -> Iterator[object]:
-    yield value
-    match value:
-        case dict():
-            yield from list(value.values())
-        case list() | tuple() | set():
-            yield from list(value)
-
-
-def _copies_itself(value: object) -> bool:
-    """Whether a hook knows how to follow its module into a copy (torch's own wrapper of a hook and its module does)."""
-    return "__getstate__" in vars(type(value)) or hasattr(value, "__deepcopy__")
-
-
-def _find_captured(function: object, *, depth: int = 4) -> Iterator[object]:
-    """Yield what a function brings along: the contents of its closure, functions in it included, and its defaults."""
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:  # an empty cell: a name that was never bound
-            continue
-        yield content
-        if inspect.isfunction(content) and depth:
-            yield from _find_captured(content, depth=depth - 1)
-    yield from getattr(function, "__defaults__", None) or ()
-    yield from (getattr(function, "__kwdefaults__", None) or {}).values()
-
-
-def _reaches(value: object, wanted: Callable[[object], bool], *, limit: int = 2000) -> bool:
-    """Whether one of the first `limit` objects reachable from `value` is wanted; used only for what cannot be copied."""
-    import gc
-
-    seen: set[int] = set()
-    todo: list[object] = [value]
-    while todo and len(seen) < limit:
-        item = todo.pop()
-        if id(item) in seen or isinstance(item, (type, types.ModuleType, types.FrameType, threading.Thread)):
-            continue
-        seen.add(id(item))
-        if wanted(item):
-            return True
-        todo.extend(gc.get_referents(item))
-    return False
-
-
 def _name_tensor(path: str, owner: nn.Module, tensor: torch.Tensor) -> str:
     prefix = f"{path}." if path else ""
     for name, value in list(vars(owner).items()):
         if value is tensor:
             return prefix + name
     for name, value in list(vars(owner).items()):
-        if name not in ("_modules", "_parameters", "_buffers") and _reaches(value, lambda item: item is tensor):
+        if name not in ("_modules", "_parameters", "_buffers") and reaches(value, lambda item: item is tensor):
             return f"{prefix}{name}"
     return f"{prefix}<inside {type(owner).__name__}>"

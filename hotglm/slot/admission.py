@@ -4,34 +4,38 @@ This is the hard file of the slot; the argument is below and in docs/concurrency
 
 [Note: admission]
 **A pass takes no lock and no count.** `ModuleSlot.__call__` evaluates `self._admission.live.call(*args, **kwargs)`. One
-attribute load, `live`, decides which generation the pass belongs to (P1, P3). `call` is a bound method of that generation's
-module; the interpreter keeps it alive until the call returns, it keeps the module alive, the module its parameters, the
-parameters their storages, and each storage the arena's lease. So "this pass runs in that generation" and "that memory is
-taken" are one fact. A pass cannot be forgotten, by a raised exception, a killed thread or a cancelled task, because nothing
-has to be undone at its end (tests/test_torn_passes.py; the planted bug there is a slot that reuses without asking).
+attribute load, `live`, decides which generation the pass belongs to (P1, P3). `call` is a bound method of that
+generation's module; the interpreter keeps it alive until the call returns, it keeps the module alive, the module its
+parameters, the parameters their storages, and each storage the arena's lease. So "this pass runs in that generation"
+and "that memory is taken" are one fact. A pass cannot be forgotten, by a raised exception, a killed thread or a
+cancelled task, because nothing has to be undone at its end (tests/test_torn_passes.py; the planted bug there is a
+slot that reuses without asking).
 
 **One store publishes.** All that a commit changes, the live generation, what is held for rollback, trial and history,
-is in one immutable `Publication`; `live = publication` is the commit. Before it nothing has changed; after it nothing that
-can fail is left to do. An asynchronous exception (KeyboardInterrupt) arrives before the store or after it
+is in one immutable `Publication`; `live = publication` is the commit. Before it nothing has changed; after it nothing
+that can fail is left to do. An asynchronous exception (KeyboardInterrupt) arrives before the store or after it
 (tests/test_commit_faults.py raises at every line).
 
-**What the store relies on.** That loading and storing an attribute of an object are atomic with respect to each other: a
-reader gets the old reference or the new one, and owns it before the old one can be freed. CPython guarantees it with the
-GIL and, for slots and instance dictionaries, in free-threaded builds as well. Nothing else relies on the GIL.
+**What the store relies on.** That loading and storing an attribute of an object are atomic with respect to each
+other: a reader gets the old reference or the new one, and owns it before the old one can be freed. CPython guarantees
+it with the GIL and, for slots and instance dictionaries, in free-threaded builds as well. Nothing else relies on the
+GIL.
 
 **Writers** (commit, rollback, confirm, retire) take `_writer`, which is held for a few attribute stores, never while
-reading, hashing, copying, waiting, running user code or announcing. So writers finish in bounded time under any load (P4),
-and a pass that commits from inside itself (a hook, a callback) cannot deadlock: readers hold nothing that a writer waits for.
+reading, hashing, copying, waiting, running user code or announcing. So writers finish in bounded time under any load
+(P4), and a pass that commits from inside itself (a hook, a callback) cannot deadlock: readers hold nothing that a
+writer waits for.
 
-**Old memory** is reused by asking the arena whether its lease is dead (weights/arena.py), after the slot's own references
-to the generation are gone. The order matters: first no `Publication` names the generation, then the question. A thread that
-loaded `live` before that still holds the *bound method* it took from it, so the lease lives; a thread that loads later gets
-a publication that does not name it. A thread between the two loads, of `live` and of `.call`, holds the old `Publication`,
-which holds the generation, so the lease lives too.
+**Old memory** is reused by asking the arena whether its lease is dead (weights/arena.py), after the slot's own
+references to the generation are gone. The order matters: first no `Publication` names the generation, then the
+question. A thread that loaded `live` before that still holds the *bound method* it took from it, so the lease lives;
+a thread that loads later gets a publication that does not name it. A thread between the two loads, of `live` and of
+`.call`, holds the old `Publication`, which holds the generation, so the lease lives too.
 
-Rejected: a reader-writer lock (a reader-preferring one starved the writer for 3 s, a fair one makes readers wait); a count
-per generation (two more atomic operations per pass, and one forgotten decrement is a leak or a tear); epochs and hazard
-pointers (they rebuild in Python what reference counts already do in C); two buffers without a grace period (0.055 % torn).
+Rejected: a reader-writer lock (a reader-preferring one starved the writer for 3 s, a fair one makes readers wait); a
+count per generation (two more atomic operations per pass, and one forgotten decrement is a leak or a tear); epochs
+and hazard pointers (they rebuild in Python what reference counts already do in C); two buffers without a grace period
+(0.055 % torn).
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -78,7 +82,7 @@ class HistoryEntry:
     at_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
     """Everything about a slot that a commit changes, in one object.
 
@@ -104,8 +108,9 @@ class Publication:
 def choose_call(module: nn.Module) -> Callable[..., Any]:
     """Return the callable that is `module(...)`, with the layers that add nothing left out.
 
-    `nn.Module.__call__` only chooses between the compiled and the plain call. Making that choice once per generation saves
-    a Python frame per pass, which is what the slot's own frame costs; a class with a `__call__` of its own keeps it.
+    `nn.Module.__call__` only chooses between the compiled and the plain call. Making that choice once per generation
+    saves a Python frame per pass, which is what the slot's own frame costs; a class with a `__call__` of its own
+    keeps it.
     """
     if type(module).__call__ is not nn.Module.__call__ or "_call_impl" in vars(module):
         return module
@@ -126,7 +131,15 @@ class Admission:
         self._writer = threading.Lock()
         self._closed = False
         entry = _record("created", 0, generation)
-        self.live = Publication(choose_call(generation.module), generation, None, (), False, 0, (entry,))
+        self.live = Publication(
+            call=choose_call(generation.module),
+            generation=generation,
+            before=None,
+            held=(),
+            trial=False,
+            epoch=0,
+            history=(entry,),
+        )
 
     def commit(self, generation: Generation, *, expected: Expected, claim: Callable[[], None]) -> Publication:
         """Make `generation` the one that new passes see; return what was published before.
@@ -147,8 +160,17 @@ class Admission:
             _verify_expected(old.generation, expected)
             held = (old.generation, *old.held)
             history = _append(old.history, _record("committed", old.epoch + 1, generation))
+            new = Publication(
+                call=call,
+                generation=generation,
+                before=old.generation,
+                held=held,
+                trial=True,
+                epoch=old.epoch + 1,
+                history=history,
+            )
             claim()
-            self.live = Publication(call, generation, old.generation, held, True, old.epoch + 1, history)
+            self.live = new  # the point of no return
             return old
 
     def rollback(self, target: Expected | None, *, expected: Expected | None) -> tuple[Publication, Publication]:
@@ -174,13 +196,13 @@ class Admission:
             history = _append(old.history, _record("rolled back", old.epoch + 1, generation))
             call = choose_call(generation.module)
             new = Publication(
-                call,
-                generation,
-                max(older, key=lambda held: held.number, default=None),
-                (old.generation, *remaining),
-                False,
-                old.epoch + 1,
-                history,
+                call=call,
+                generation=generation,
+                before=max(older, key=lambda held: held.number, default=None),
+                held=(old.generation, *remaining),
+                trial=False,
+                epoch=old.epoch + 1,
+                history=history,
             )
             self.live = new
             return old, new
@@ -197,7 +219,7 @@ class Admission:
                 _verify_expected(old.generation, expected)
             if not old.trial:
                 return None
-            self.live = Publication(old.call, old.generation, old.before, old.held, False, old.epoch, old.history)
+            self.live = replace(old, trial=False)
             return self.live
 
     def retire(self, generation: Generation) -> bool:
@@ -208,7 +230,7 @@ class Admission:
                 return False
             held = tuple(other for other in old.held if other is not generation)
             before = None if old.before is generation else old.before
-            self.live = Publication(old.call, old.generation, before, held, old.trial, old.epoch, old.history)
+            self.live = replace(old, before=before, held=held)
             return True
 
     def refresh_call(self) -> None:
@@ -216,7 +238,7 @@ class Admission:
         with self._writer:
             old = self.live
             call = choose_call(old.generation.module)
-            self.live = Publication(call, old.generation, old.before, old.held, old.trial, old.epoch, old.history)
+            self.live = replace(old, call=call)
 
     def close(self) -> bool:
         """Refuse commits and rollbacks from now on; return whether that is new. Passes go on."""
@@ -266,7 +288,7 @@ def _no_rollback(publication: Publication, message: str) -> NoRollbackError:
     held = ", ".join(f"{generation.number} ({generation.version})" for generation in publication.held) or "none"
     return NoRollbackError(
         f"{message} Held: {held}.",
-        remedy="stage the earlier version's file again; to keep it through a later stage, use MemoryPolicy(max_copies=3).",
+        remedy="stage that version again; MemoryPolicy(max_copies=3) keeps it through later stages.",
     )
 
 

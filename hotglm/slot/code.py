@@ -3,10 +3,10 @@
 Rules this module keeps:
 
 - A class registered for exactly the version that is staged is preferred: that is new code.
-- Else the live structure, if it can read the version and its layout fits; else another registered class that says it reads
-  that version. If nothing fits, the live structure is named, so that the verdict can say what is wrong with it.
-- Building a class draws no random numbers and touches no memory for weights: its initialisers are skipped in this thread
-  alone, because every weight is filled from the source afterwards.
+- Else the live structure, if it can read the version and its layout fits; else another registered class that says it
+  reads that version. If nothing fits, the live structure is named, so that the verdict can say what is wrong with it.
+- Building a class draws no random numbers and touches no memory for weights: its initialisers are skipped in this
+  thread alone, because every weight is filled from the source afterwards.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _build(definition: Definition, offer: Offer, live: Generation) -> Code:
     config: Mapping[str, Any] | None = offer.config if offer.config is not None else read_config(live.module)
     with torch.inference_mode(False), torch.enable_grad(), _SkipInitialisers():
         module = definition.build(config)
-    module.train(live.module.training)
+    module.train(mode=live.module.training)
     return Code(module=module, contract=contract_of(module), reads=definition.reads, is_new=True)
 
 
@@ -97,10 +97,10 @@ _DRAWS = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli
 
 
 class _SkipInitialisers(TorchFunctionMode):
-    """Leaves parameters as they were allocated, and draws everything else from a generator of its own; this thread only.
+    """Leaves parameters as they were allocated and draws the rest from its own generator, in this thread only.
 
-    The service's generator must not move because a model is loaded (its dropout would change), and weights that are about
-    to be filled from a source need no values.
+    The service's generator must not move because a model is loaded (its dropout would change), and weights that are
+    about to be filled from a source need no values.
     """
 
     def __init__(self) -> None:

@@ -186,7 +186,7 @@ class SlotCore:
         self.stager.reset_locks()
         self.subscribers.reset_lock_after_fork()
 
-    # -- parts -----------------------------------------------------------------------------------------------------------
+    # -- parts -------------------------------------------------------------------------------------------------------
 
     def _stage(
         self, source: Source, version: str | Version | None, options: StageOptions, cancellation: Cancellation

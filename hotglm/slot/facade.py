@@ -3,11 +3,11 @@
 Rules this module keeps:
 
 - One call, one generation: a delegated method is looked up on the live module and runs there to its end.
-- `_parameters`, `_buffers`, `_modules` and the hook dictionaries are those of the live module, so that code of torch that
-  looks into a module, instead of calling it, finds what is live and adds no prefix to names.
+- `_parameters`, `_buffers`, `_modules` and the hook dictionaries are those of the live module, so that code of torch
+  that looks into a module, instead of calling it, finds what is live and adds no prefix to names.
 - What would change weights in place or move them elsewhere is refused, unless it changes nothing.
-- A name with a leading underscore may be set on the slot itself, for the bookkeeping of frameworks; any other is refused,
-  because it would be gone, or wrong, after the next update.
+- A name with a leading underscore may be set on the slot itself, for the bookkeeping of frameworks; any other is
+  refused, because it would be gone, or wrong, after the next update.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class ModuleFacade(nn.Module):
         """Set training mode on the live module and on those held for rollback; later generations copy it."""
         live = self._admission.live
         for generation in (*live.held, live.generation):
-            generation.module.train(mode)
+            generation.module.train(mode=mode)
         return self
 
     def eval(self) -> Any:
         """Set evaluation mode; see `train`."""
-        return self.train(False)
+        return self.train(mode=False)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]  # torch declares a plain attribute
+    def training(self) -> bool:  # torch declares a plain attribute
         """Whether the live module is in training mode."""
         return self._live_module.training
 

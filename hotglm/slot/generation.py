@@ -57,8 +57,8 @@ TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
 class Generation:
     """One version of the model inside a slot.
 
-    As long as anybody refers to a generation, its module, or any tensor of it, its memory is not reused. Keep one for as
-    long as a piece of work lasts (`with slot.acquire() as generation`), not longer.
+    As long as anybody refers to a generation, its module, or any tensor of it, its memory is not reused. Keep one for
+    as long as a piece of work lasts (`with slot.acquire() as generation`), not longer.
 
     Attributes:
         number: grows by one with every generation of the slot; unique in it.
@@ -83,7 +83,7 @@ class Generation:
         "version",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all keyword-only, and only slots call it
         self,
         module: nn.Module,
         *,

@@ -2,8 +2,8 @@
 
 Rules this module keeps:
 
-- At most two copies of the weights: the live one and one more (P9). The one more is first of all the version that can be
-  rolled back to, and becomes the spare when a stage needs it.
+- At most two copies of the weights: the live one and one more (P9). The one more is first of all the version that can
+  be rolled back to, and becomes the spare when a stage needs it.
 - Weights of at most `MemoryPolicy.small_nbytes` get a third arena, out of the fixed ring, so that a stage that fails
   leaves the rollback target untouched. For larger ones the user decides with `max_copies`.
 - An arena that somebody outside still holds is never written; it is left to them and another one is taken, if the plan
@@ -151,13 +151,13 @@ def verify_fits(nbytes: int, *, pool_nbytes: int, policy: MemoryPolicy, availabl
     limit = policy.limit_nbytes
     if limit is not None and pool_nbytes + nbytes > limit:
         raise MemoryPlanError(
-            f"Expected at most {limit} bytes in all arenas, got {pool_nbytes} there and {nbytes} more to take.{holders}",
+            f"Expected at most {limit} bytes in all arenas, got {pool_nbytes} and {nbytes} more.{holders}",
             remedy="let go of what holds old generations, or raise MemoryPolicy.limit_nbytes.",
         )
     if nbytes > available_nbytes:
         raise MemoryPlanError(
             f"Expected {nbytes} bytes of memory for the spare, got {available_nbytes} available.{holders}",
-            remedy="free memory on the machine, raise the container's or process's limit, or let go of old generations.",
+            remedy="free memory, raise the container's or process's limit, or let go of old generations.",
         )
 
 

@@ -108,10 +108,9 @@ class Receipt:
 
     def explain(self) -> str:
         """Return the receipt as text of a few lines."""
-        lines = [
-            f"{self.slot}: {self.action} {self.old_version} -> {self.new_version} "
-            f"(generation {self.old_number} -> {self.new_number}) in {self.commit_s * 1e6:.0f} us"
-        ]
+        versions = f"{self.old_version} -> {self.new_version}"
+        numbers = f"generation {self.old_number} -> {self.new_number}"
+        lines = [f"{self.slot}: {self.action} {versions} ({numbers}) in {self.commit_s * 1e6:.0f} us"]
         if self.timings:
             parts = ", ".join(f"{timing.part} {timing.duration_s * 1e3:.1f} ms" for timing in self.timings)
             lines.append(f"  staged from {self.source} in {self.stage_s * 1e3:.1f} ms: {parts}")

@@ -2,8 +2,8 @@
 
 Rules this module keeps:
 
-- A slot is an `nn.Module` and stands for its live one: traversals, `state_dict`, attributes and methods are those of the
-  live generation, each call in one generation from its start to its end.
+- A slot is an `nn.Module` and stands for its live one: traversals, `state_dict`, attributes and methods are those of
+  the live generation, each call in one generation from its start to its end.
 - The way of a pass through this file is one line, `__call__`; the argument for it is in slot/admission.py.
 - Whatever would write the live weights in place, or replace them one by one, is refused with the way to do it instead.
 """
@@ -54,7 +54,7 @@ class ModuleSlot(ModuleFacade):
         '1.0.0'
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - two groups are policy objects already; the rest stand for themselves
         self,
         module: nn.Module,
         *,
@@ -243,7 +243,8 @@ class ModuleSlot(ModuleFacade):
     def find_holders(self) -> tuple[Holder, ...]:
         """Return who still holds a generation that is neither live nor held for rollback.
 
-        Passes with their stacks, sessions, and every module, tensor and bound method that is kept, with what keeps it. Walks all objects of the process with the GIL held, which may take long; for diagnosis.
+        Passes with their stacks, sessions, and every module, tensor and bound method that is kept, with what keeps
+        it. Walks all objects of the process with the GIL held, which may take long; for diagnosis.
         """
         return find_holders(self._core)
 
@@ -264,7 +265,7 @@ class ModuleSlot(ModuleFacade):
         """Take no further updates, and let the spare and the rollback targets go; passes go on. May be called twice."""
         self._core.close()
 
-    # -- the slot itself as an object ------------------------------------------------------------------------------------
+    # -- the slot itself as an object --------------------------------------------------------------------------------
 
     def _options(self) -> dict[str, Any]:
         settings = self._core.settings
@@ -279,7 +280,7 @@ class ModuleSlot(ModuleFacade):
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSlot:
-        """Return an independent slot around a deep copy of the live module, with the same name, version and policies."""
+        """Return an independent slot around a deep copy of the live module, with the same settings."""
         with self.acquire() as generation:
             copied = ModuleSlot(copy.deepcopy(generation.module, memo), **self._options())
         memo[id(self)] = copied
@@ -300,9 +301,9 @@ _slots: weakref.WeakSet[ModuleSlot] = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     """Make every slot usable in a forked child: its locks may be held by threads that do not exist here.
 
-    A child of a process that has run torch in parallel hangs in its first matrix product, because OpenMP waits for worker
-    threads that were not forked. One thread needs no workers, so the child computes with one; it may raise the number
-    again once it knows that the parent had none.
+    A child of a process that has run torch in parallel hangs in its first matrix product, because OpenMP waits for
+    worker threads that were not forked. One thread needs no workers, so the child computes with one; it may raise the
+    number again once it knows that the parent had none.
     """
     slots = list(_slots)
     for slot in slots:

@@ -100,7 +100,7 @@ def open_source(source: Source) -> Offer:
     if isinstance(source, (str, os.PathLike)):
         return _offer_files(source)
     raise ArgumentError(
-        f"Expected a path, a mapping of names to tensors or a module as source, got {shorten_repr(type(source).__name__)}.",
+        f"Expected a path, a mapping of tensors or a module, got {shorten_repr(type(source).__name__)}.",
         remedy="pass model.state_dict() for tensors, or the path of a .safetensors file, index or directory.",
     )
 

@@ -96,8 +96,8 @@ class Spares:
     def wait_until_free(self, retired: Retired, *, timeout_s: float, cancellation: Cancellation) -> bool:
         """Wait until nothing of `retired` is in use; return whether that came to be.
 
-        Returns early where nobody is running in it: a reference that is merely kept does not go away by waiting. Then one
-        garbage collection is tried, for modules that refer to themselves in a circle.
+        Returns early where nobody is running in it: a reference that is merely kept does not go away by waiting. Then
+        one garbage collection is tried, for modules that refer to themselves in a circle.
         """
         started = time.monotonic()
         pause, collected = 0.0, False

@@ -2,7 +2,8 @@
 
 Rules this module keeps:
 
-- A stage ends once: it is committed, discarded or superseded, whichever comes first, and says so to whoever comes later.
+- A stage ends once: it is committed, discarded or superseded, whichever comes first, and says so to whoever comes
+  later.
 - Keeping the object after that keeps no memory.
 """
 
@@ -13,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 from torch import nn
-from typing_extensions import Self
 
 from hotglm.errors import DiscardedError, SlotStateError, SupersededError
 from hotglm.slot.generation import Generation, State
@@ -35,7 +36,8 @@ class Staged:
     Attributes:
         version: its version.
         number: the generation it will be.
-        base: number of the generation that was live when it was staged; `commit` expects that one unless told otherwise.
+        base: number of the generation that was live when it was staged; `commit` expects that one unless told
+        otherwise.
         verdict: why it may take the live version's place.
         plan: where its memory came from.
         contract: what it promises.
@@ -144,7 +146,7 @@ class Staged:
     def _spent(self) -> SlotStateError:
         kind = SupersededError if "superseded" in self._reason else DiscardedError
         return kind(
-            f"Expected a stage that waits for its commit, got version {self.version}, which {self._reason or 'is committed'}.",
+            f"Expected a stage that waits for its commit, got version {self.version}, which {self._reason}.",
             remedy="stage the source again.",
         )
 

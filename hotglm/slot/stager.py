@@ -7,8 +7,8 @@ Rules this module keeps:
 - A newer stage supersedes an older `stage` that has not been committed: one in flight stops at its next chunk, one that
   stands ready is discarded. An `update` is never superseded.
 - The caller's thread waits and can be interrupted; the stage's thread then stops at its next chunk.
-- A stage asked for from inside a stage of the same slot (a check, a refresh, a progress callback) is refused: it would wait
-  for itself.
+- A stage asked for from inside a stage of the same slot (a check, a refresh, a progress callback) is refused: it
+  would wait for itself.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Stager:
             lower_priority(request.policy.nice)
             try:
                 outcomes.put(stage_version(replace(request, report=outcomes.put), self._spares, record))
-            except BaseException as failure:
+            except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
                 outcomes.put(failure)
             finally:
                 self._threads.discard(threading.get_ident())
@@ -153,7 +153,7 @@ class Stager:
         if threading.get_ident() in self._threads:
             raise ReentrantError(
                 "Expected an update from outside the slot's own staging, got one from inside it.",
-                remedy="let the check, refresh or progress callback return, and update from another thread or afterwards.",
+                remedy="let the check, refresh or progress callback return, and update afterwards.",
             )
 
     def _superseded(self, what: str) -> SupersededError:

@@ -2,11 +2,12 @@
 
 Rules this module keeps:
 
-- The order is: open, choose code, decide, plan, take memory, copy the structure, load, refresh, warm up, check. Everything
-  that headers can decide is decided before a byte is read, and the rollback target is given up only after that (P2, P7).
+- The order is: open, choose code, decide, plan, take memory, copy the structure, load, refresh, warm up, check.
+  Everything that headers can decide is decided before a byte is read, and the rollback target is given up only after
+  that (P2, P7).
 - All of it runs in one low-priority thread of its own, and in workers that inherit its priority; the caller waits.
-- A stage that fails leaves no reference behind: frames in the error's traceback are cleared, so that an error that somebody
-  keeps does not keep the spare's memory.
+- A stage that fails leaves no reference behind: frames in the error's traceback are cleared, so that an error that
+  somebody keeps does not keep the spare's memory.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class _Stage:
             generation, owner=request.owner, base=request.live.number, record=record, on_discard=request.on_discard
         )
 
-    # -- decide ----------------------------------------------------------------------------------------------------------
+    # -- decide ------------------------------------------------------------------------------------------------------
 
     def _decide(self) -> Code:
         request, offer = self._request, self._offer
@@ -164,7 +165,7 @@ class _Stage:
         self._record.verdict.raise_if_refused()
         return code
 
-    # -- memory and values -----------------------------------------------------------------------------------------------
+    # -- memory and values -------------------------------------------------------------------------------------------
 
     def _populate(self, arena: Arena) -> None:
         def fault(start: int) -> Callable[[], None]:
@@ -218,7 +219,7 @@ class _Stage:
             name="hotglm-populate",
         )
 
-    # -- proof -----------------------------------------------------------------------------------------------------------
+    # -- proof -------------------------------------------------------------------------------------------------------
 
     def _prove(self, twin: Twin, code: Code, arena: Arena, lease: Lease, loaded: Loaded) -> Generation:
         request, record = self._request, self._record

@@ -21,8 +21,8 @@ class GenerationStatus:
         version: its version.
         state: `"live"`, `"held"` or `"draining"`.
         nbytes: memory of its weights, in bytes.
-        holders: passes and sessions running in it, for those that are not live; empty and draining means that references
-            outside the slot keep it (`slot.find_holders()` names them).
+        holders: passes and sessions running in it, for those that are not live; empty and draining means that
+            references outside the slot keep it (`slot.find_holders()` names them).
     """
 
     number: int
@@ -77,7 +77,8 @@ class Status:
         lines = [f"{self.name}: version {self.version} (generation {self.number}{trial}), {self.epoch} changes so far"]
         for generation in self.generations:
             lines.append(
-                f"  {generation.state:9} {generation.number:>5}  {generation.version}  {generation.nbytes / 2**20:.1f} MiB"
+                f"  {generation.state:9} {generation.number:>5}  {generation.version}  "
+                f"{generation.nbytes / 2**20:.1f} MiB"
             )
             lines += [f"    held by {holder.description}" for holder in generation.holders]
         lines += [f"  staged          {self.staged}"] if self.staged else []

@@ -3,20 +3,21 @@
 Rules this module keeps:
 
 - The memory is anonymous and private: nothing that happens to a file can reach it (P5).
-- Memory is lent by **lease**. Every tensor made from a lease holds it, through its storage; so does everything that torch
-  derives from such a tensor: views, outputs that alias it, autograd graphs. The lease dies when the last of them does, and
-  not before, and then the arena is free. That is the whole reuse rule; there is no count to forget (`[Note: lease]`).
-- A lease is never revoked. An arena whose lease outlives its use is dropped by its owner, and unmaps itself when the last
-  holder lets go.
+- Memory is lent by **lease**. Every tensor made from a lease holds it, through its storage; so does everything that
+  torch derives from such a tensor: views, outputs that alias it, autograd graphs. The lease dies when the last of
+  them does, and not before, and then the arena is free. That is the whole reuse rule; there is no count to forget
+  (`[Note: lease]`).
+- A lease is never revoked. An arena whose lease outlives its use is dropped by its owner, and unmaps itself when the
+  last holder lets go.
 
 [Note: lease]
-A lease is a ctypes array laid over the arena's memory; `torch.frombuffer` takes a strong reference to it and gives it back
-when the storage is destroyed. A weak reference to the lease is therefore dead exactly when no storage over the memory is
-left, whoever held it: a pass in a C++ frame, a session, a kept module, parameter or bound method, an output view, a
-saved tensor of a backward pass. CPython drops the last reference at once; nothing here needs the garbage collector unless
-the holder itself is part of a reference cycle. Each tensor has a storage of its own, of exactly its size, so that
-`torch.save`, `deepcopy` and `safetensors` treat it as an ordinary tensor and not as a window into a large one.
-Guarded by `tests/test_arena.py`.
+A lease is a ctypes array laid over the arena's memory; `torch.frombuffer` takes a strong reference to it and gives it
+back when the storage is destroyed. A weak reference to the lease is therefore dead exactly when no storage over the
+memory is left, whoever held it: a pass in a C++ frame, a session, a kept module, parameter or bound method, an output
+view, a saved tensor of a backward pass. CPython drops the last reference at once; nothing here needs the garbage
+collector unless the holder itself is part of a reference cycle. Each tensor has a storage of its own, of exactly its
+size, so that `torch.save`, `deepcopy` and `safetensors` treat it as an ordinary tensor and not as a window into a
+large one. Guarded by `tests/test_arena.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from hotglm.errors import MemoryPlanError
 __all__ = ["ALIGNMENT", "Arena", "Lease"]
 
 ALIGNMENT = 64
-"""Bytes to which every tensor in an arena is aligned: a cache line, and the widest vector load of today's processors."""
+"""Bytes to which every tensor in an arena is aligned: a cache line, and the widest vector load of a CPU."""
 
 
 class Lease:

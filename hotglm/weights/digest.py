@@ -2,10 +2,10 @@
 
 Rules this module keeps:
 
-- A tensor's digest is SHA-256 over its bytes in row-major order, as they stand in a safetensors file, so that anybody can
-  recompute it with `sha256sum` on the byte range.
-- A state's digest is SHA-256 over one line per tensor, sorted by name: it covers names, dtypes, shapes and bytes. Names are
-  written as JSON strings, so that no name can imitate a line.
+- A tensor's digest is SHA-256 over its bytes in row-major order, as they stand in a safetensors file, so that anybody
+  can recompute it with `sha256sum` on the byte range.
+- A state's digest is SHA-256 over one line per tensor, sorted by name: it covers names, dtypes, shapes and bytes.
+  Names are written as JSON strings, so that no name can imitate a line.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def digest_tensor(tensor: torch.Tensor) -> str:
 
 
 def _buffer_of(data: torch.Tensor) -> memoryview:
-    # `data` must outlive the view; ctypes, because torch has no buffer protocol of its own and numpy is not a dependency.
+    # `data` must outlive the view; ctypes, because torch has no buffer protocol of its own and numpy is not a
+    # dependency.
     overlay = (ctypes.c_char * data.numel()).from_address(data.data_ptr())
     return memoryview(overlay).cast("B")
 

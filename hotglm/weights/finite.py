@@ -1,8 +1,9 @@
 """Finding NaN and infinity at memory speed.
 
-Rules this module keeps: exact, no false alarms. The fast path is one `aminmax` over the tensor: it propagates NaN, and an
-infinity is always the minimum or the maximum, so both ends are finite exactly if every element is (measured here: 1 GiB of
-float32 in 16 ms against 880 ms for `isfinite().all()`). Only a tensor that fails it is searched element by element.
+Rules this module keeps: exact, no false alarms. The fast path is one `aminmax` over the tensor: it propagates NaN,
+and an infinity is always the minimum or the maximum, so both ends are finite exactly if every element is (measured
+here: 1 GiB of float32 in 16 ms against 880 ms for `isfinite().all()`). Only a tensor that fails it is searched
+element by element.
 """
 
 from __future__ import annotations

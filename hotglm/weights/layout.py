@@ -2,8 +2,8 @@
 
 Rules this module keeps:
 
-- Tensors that overlap in the module overlap in the same way in the arena: ties stay ties, and a view of a weight stays a
-  view of it (`w.t()` kept in an attribute is right after a swap without anybody's help).
+- Tensors that overlap in the module overlap in the same way in the arena: ties stay ties, and a view of a weight
+  stays a view of it (`w.t()` kept in an attribute is right after a swap without anybody's help).
 - Tensors that do not overlap do not share a cache line.
 - The order is the order given, so the same module gives the same layout every time.
 """

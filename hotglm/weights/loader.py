@@ -32,7 +32,7 @@ from hotglm.errors import (
 from hotglm.release.files import TensorLocation, WeightFiles
 from hotglm.weights.arena import Lease
 from hotglm.weights.digest import digest_tensor, format_digest, tensor_bytes
-from hotglm.weights.dtypes import TORCH_DTYPES, dtype_name
+from hotglm.weights.dtypes import TORCH_DTYPES
 from hotglm.weights.finite import find_nonfinite
 from hotglm.weights.plan import CHUNK_NBYTES, Read, Transfer, plan_reads
 from hotglm.weights.workers import Cancellation, run_tasks
@@ -55,6 +55,11 @@ class Target:
     key: str
 
 
+def _ignore(nbytes: int) -> None:
+    """Take a count of bytes that nobody asked for."""
+    del nbytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
     """How to load.
@@ -75,7 +80,7 @@ class LoadOptions:
     num_threads: int = 1
     nice: int = 0
     cancellation: Cancellation = field(default_factory=Cancellation)
-    report: Callable[[int], object] = lambda nbytes: None
+    report: Callable[[int], object] = _ignore
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,7 +105,7 @@ class Loaded:
                 raise kind(
                     f"Expected loadable tensors in {source}.",
                     problems=sorted((problem for _, problem in self.problems), key=lambda p: p.tensor or ""),
-                    remedy="write the file again from a good state; the weights were refused before anything could use them.",
+                    remedy="write it again from a good state; nothing has used these weights.",
                 )
 
 

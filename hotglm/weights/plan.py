@@ -2,7 +2,8 @@
 
 Rules this module keeps:
 
-- Few, large reads. Tensors that follow each other in a file are read by one scattered call, whatever their places in the
+- Few, large reads. Tensors that follow each other in a file are read by one scattered call, whatever their places in
+  the
   arena: a Python thread that reads in small pieces loses a GIL switch interval (5 ms) per piece beside a busy service.
 - A range is read once. What is hashed are the bytes in the arena, after they were read, not the file a second time.
 - No call has more pieces than the system takes (IOV_MAX) and none is larger than the chunk.
@@ -67,8 +68,8 @@ def plan_reads(
         max_pieces: most pieces of one read.
 
     Returns:
-        Tasks that may run in any order and in parallel. The reads of one task run in order; a tensor is never spread over
-        two tasks, so that one thread can hash it as its bytes arrive.
+        Tasks that may run in any order and in parallel. The reads of one task run in order; a tensor is never spread
+        over two tasks, so that one thread can hash it as its bytes arrive.
     """
     ordered = sorted((t for t in transfers if t.nbytes), key=lambda t: (t.file, t.file_offset))
     return tuple(_plan_run(run, chunk_nbytes) for run in _bundle(ordered, chunk_nbytes, max_pieces))

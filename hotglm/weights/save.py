@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def save_weights(
     version: str | Version | None = None,
     name: str | None = None,
     config: Mapping[str, Any] | None = None,
-    requires: Iterable[str] = (),
+    requires: Collection[str] = (),
 ) -> dict[str, str]:
     """Write the weights of a module, or a mapping of tensors, to one safetensors file; return the digests by name.
 

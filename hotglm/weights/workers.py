@@ -5,9 +5,9 @@ Rules this module keeps:
 - Threads live as long as one piece of work and are joined before it returns or raises; none is left behind (P9).
 - The first failure stops the others at their next task; it is the one that is raised.
 - A worker lowers its own priority, never anybody else's. Threads that torch starts for it inherit that.
-- Python code in a worker runs in short pieces between calls that release the GIL. Where a stretch of plain Python cannot be
-  avoided, `yield_gil` cuts it: a thread that computes in Python holds the GIL for a whole switch interval (5 ms), and the
-  service's pass would wait that long at every torch call.
+- Python code in a worker runs in short pieces between calls that release the GIL. Where a stretch of plain Python
+  cannot be avoided, `yield_gil` cuts it: a thread that computes in Python holds the GIL for a whole switch interval
+  (5 ms), and the service's pass would wait that long at every torch call.
 """
 
 from __future__ import annotations
@@ -102,37 +102,46 @@ def run_tasks(
         ThreadStartError: not even one thread could be started.
         BaseException: whatever a task raised first, or the cancellation's reason.
     """
-    todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-    num_tasks = 0
-    for task in tasks:
-        todo.put(task)
-        num_tasks += 1
-    failures: list[BaseException] = []
+    work = _Work(tasks, cancellation)
+    threads: list[threading.Thread] = []
 
-    def work() -> None:
-        while not failures:
+    def run_quietly() -> None:
+        lower_priority(nice)
+        work.run()
+
+    try:
+        for index in range(1, min(num_threads, work.num_tasks)):
+            thread = start_thread(run_quietly, name=f"{name}-{index}")
+            threads.append(thread)  # one by one, so that those that did start are joined
+    except ThreadStartError as failure:
+        work.failures.append(failure)
+    work.run()
+    for thread in threads:
+        thread.join()
+    if work.failures:
+        raise work.failures[0]
+
+
+class _Work:
+    """Tasks that several threads take in order, until they are done or one has failed."""
+
+    def __init__(self, tasks: Iterable[Callable[[], None]], cancellation: Cancellation) -> None:
+        self.failures: list[BaseException] = []
+        self._cancellation = cancellation
+        self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.num_tasks = 0
+        for task in tasks:
+            self._todo.put(task)
+            self.num_tasks += 1
+
+    def run(self) -> None:
+        while not self.failures:
             try:
-                task = todo.get_nowait()
+                task = self._todo.get_nowait()
             except queue.Empty:
                 return
             try:
-                cancellation.raise_if_cancelled()
+                self._cancellation.raise_if_cancelled()
                 task()
-            except BaseException as failure:
-                failures.append(failure)
-
-    def work_quietly() -> None:
-        lower_priority(nice)
-        work()
-
-    threads: list[threading.Thread] = []
-    try:
-        for index in range(1, min(num_threads, num_tasks)):
-            threads.append(start_thread(work_quietly, name=f"{name}-{index}"))
-    except ThreadStartError as failure:
-        failures.append(failure)
-    work()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+            except BaseException as failure:  # noqa: BLE001 - raised again by run_tasks, in its caller's thread
+                self.failures.append(failure)
