@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from hotglm.model.derived import refresh
     from hotglm.model.inspection import contract_of
     from hotglm.model.registry import versioned
+    from hotglm.model.save import save_weights
     from hotglm.slot.checks import Golden, StagePolicy
     from hotglm.slot.generation import Generation
     from hotglm.slot.holders import Holder
@@ -68,7 +69,6 @@ if TYPE_CHECKING:
     from hotglm.slot.status import Status
     from hotglm.verdict import Verdict
     from hotglm.version import Bump, Version, VersionRange
-    from hotglm.weights.save import save_weights
 
 __version__ = "0.1.0.dev0"
 
@@ -196,7 +196,7 @@ _EXPORTS: dict[str, str] = {
     "find_breakages": "hotglm.breakage",
     "refresh": "hotglm.model.derived",
     "required_bump": "hotglm.breakage",
-    "save_weights": "hotglm.weights.save",
+    "save_weights": "hotglm.model.save",
     "versioned": "hotglm.model.registry",
 }
 """The module that each public name is fetched from."""

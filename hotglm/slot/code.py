@@ -84,7 +84,7 @@ def _can_hold(code: Code, offer: Offer, version: Version | None) -> bool:
 
 def _build(definition: Definition, offer: Offer, live: Generation) -> Code:
     config: Mapping[str, Any] | None = offer.config if offer.config is not None else read_config(live.module)
-    with torch.inference_mode(False), torch.enable_grad(), _SkipInitialisers():
+    with torch.inference_mode(mode=False), torch.enable_grad(), _SkipInitialisers():
         module = definition.build(config)
     module.train(mode=live.module.training)
     return Code(module=module, contract=contract_of(module), reads=definition.reads, is_new=True)

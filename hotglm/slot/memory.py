@@ -92,7 +92,7 @@ class MemoryPlan:
 
 
 class ArenaPool:
-    """The arenas that belong to one slot. Used by one staging thread at a time; holds no lock."""
+    """The arenas that belong to one slot. Changed by one thread at a time; any may ask for sizes."""
 
     def __init__(self) -> None:
         """Start with no memory."""
@@ -102,14 +102,12 @@ class ArenaPool:
     @property
     def nbytes(self) -> int:
         """Bytes in all arenas of the slot, those that outsiders still hold included."""
-        self._forget_dead()
-        return sum(arena.nbytes for arena in [*self._arenas, *self._given_up])
+        return sum(arena.nbytes for arena in self._arenas) + self.given_up_nbytes
 
     @property
     def given_up_nbytes(self) -> int:
         """Bytes in arenas that only outsiders still hold."""
-        self._forget_dead()
-        return sum(arena.nbytes for arena in self._given_up)
+        return sum(arena.nbytes for arena in list(self._given_up) if not arena.is_free)
 
     def find_free(self, nbytes: int) -> Arena | None:
         """Return the smallest free arena that holds `nbytes`, or None."""
@@ -123,6 +121,7 @@ class ArenaPool:
             MemoryPlanError: the system has no such memory.
         """
         self._arenas = [arena for arena in self._arenas if not arena.is_free or arena.nbytes >= nbytes]
+        self._given_up = [arena for arena in self._given_up if not arena.is_free]
         arena = Arena(nbytes)
         self._arenas.append(arena)
         return arena
@@ -137,9 +136,6 @@ class ArenaPool:
         """Drop free arenas other than `keep`, so that a slot at rest holds no memory it has no use for."""
         kept = list(keep)
         self._arenas = [arena for arena in self._arenas if not arena.is_free or any(arena is k for k in kept)]
-
-    def _forget_dead(self) -> None:
-        self._given_up = [arena for arena in self._given_up if not arena.is_free]
 
 
 def verify_fits(nbytes: int, *, pool_nbytes: int, policy: MemoryPolicy, available_nbytes: int, holders: str) -> None:

@@ -9,7 +9,6 @@ Rules this module keeps:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from hotglm.contract import Contract
+from hotglm.document import Report, parse_json
 from hotglm.errors import ArgumentError, Problem, TensorValueError, shorten_repr
 from hotglm.model.inspection import contract_of, find_state
 from hotglm.model.registry import Definition, find_definition, read_config
@@ -145,10 +145,10 @@ def _read_json(files: WeightFiles, key: str, default: object) -> Any:
     text = files.metadata.get(key)
     if text is None:
         return default
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise _bad_metadata(files, key, "JSON") from None
+    headline = f"Expected JSON in metadata {key!r} of {files.path!a}."
+    remedy = "write the file with hotglm.save_weights."
+    report = Report(TensorValueError, headline=headline, remedy=remedy, prefix="METADATA", file=files.path)
+    return parse_json(text.encode(), report=report)
 
 
 def _bad_metadata(files: WeightFiles, key: str, expected: str) -> TensorValueError:

@@ -10,6 +10,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,10 +20,10 @@ from hotglm.slot.admission import Admission
 from hotglm.slot.generation import Generation, Retired
 from hotglm.slot.holders import Holder, Sessions, find_passes
 from hotglm.slot.memory import ArenaPool, MemoryPlan, MemoryPolicy, read_available_nbytes, verify_fits
-from hotglm.weights.arena import Arena
+from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.workers import Cancellation
 
-__all__ = ["Spares", "weights_nbytes"]
+__all__ = ["Spares", "TakenSpare", "weights_nbytes"]
 
 _GRACE_S = 0.05
 """How long references that are on their way out are waited for where no pass or session is running."""
@@ -30,11 +31,21 @@ _GRACE_S = 0.05
 _MAX_POLL_S = 0.01
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenSpare:
+    """A free arena, the lease on it, and whether its memory has never been touched."""
+
+    arena: Arena
+    lease: Lease
+    is_fresh: bool
+
+
 @dataclass(slots=True, kw_only=True)
 class Spares:
     """Memory of one slot: its arenas, and the generations that have left but may still be held.
 
-    Used under the slot's staging turn; `retired` may be read at any time.
+    Any thread may look; `take` is for one thread at a time, which its lock sees to even when a stage that was given up
+    (a timeout) comes back to life beside its successor.
     """
 
     admission: Admission
@@ -42,7 +53,17 @@ class Spares:
     policy: MemoryPolicy
     on_held: Callable[[Retired, tuple[Holder, ...]], None]
     pool: ArenaPool = field(default_factory=ArenaPool)
-    retired: tuple[Retired, ...] = ()
+    _retired: dict[int, Retired] = field(default_factory=dict)
+    _taking: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def retired(self) -> tuple[Retired, ...]:
+        """The generations that are neither live nor held, as far as they were not seen to be free yet."""
+        return tuple(self._retired.values())
+
+    def reset_lock_after_fork(self) -> None:
+        """Replace the lock in a forked child, where the thread that may have held it does not exist."""
+        self._taking = threading.Lock()
 
     def plan(self, nbytes: int) -> MemoryPlan:
         """Return where `nbytes` for a spare will come from; change nothing.
@@ -73,25 +94,29 @@ class Spares:
             available_nbytes=available,
         )
 
-    def take(self, plan: MemoryPlan, *, cancellation: Cancellation) -> tuple[Arena, bool]:
-        """Return a free arena for `plan`, and whether its memory is fresh.
+    def take(self, plan: MemoryPlan, *, cancellation: Cancellation) -> TakenSpare:
+        """Return a lease for `plan`; what it gives up is given up now.
 
         Raises:
             MemoryPlanError: memory that was there when it was planned has gone.
+            ConflictError: a rollback target that was to be given up is live again.
         """
-        for number in plan.retires:
-            self._retire(number, cancellation)
-        arena = self.pool.find_free(plan.nbytes)
-        if arena is not None:
-            return arena, False
-        verify_fits(
-            plan.nbytes,
-            pool_nbytes=self.pool.nbytes,
-            policy=self.policy,
-            available_nbytes=read_available_nbytes(),
-            holders=self.describe_holders(),
-        )
-        return self.pool.allocate(plan.nbytes), True
+        with self._taking:
+            cancellation.raise_if_cancelled()
+            for number in plan.retires:
+                self._retire(number, cancellation)
+            arena = self.pool.find_free(plan.nbytes)
+            is_fresh = arena is None
+            if arena is None:
+                verify_fits(
+                    plan.nbytes,
+                    pool_nbytes=self.pool.nbytes,
+                    policy=self.policy,
+                    available_nbytes=read_available_nbytes(),
+                    holders=self.describe_holders(),
+                )
+                arena = self.pool.allocate(plan.nbytes)
+            return TakenSpare(arena=arena, lease=arena.lease(), is_fresh=is_fresh)
 
     def wait_until_free(self, retired: Retired, *, timeout_s: float, cancellation: Cancellation) -> bool:
         """Wait until nothing of `retired` is in use; return whether that came to be.
@@ -123,16 +148,16 @@ class Spares:
             yield from find_passes(module, retired.number)
 
     def forget_free(self) -> tuple[Retired, ...]:
-        """Forget the retired generations that nobody holds any more; return them."""
-        free = tuple(retired for retired in self.retired if retired.is_free)
-        self.retired = tuple(retired for retired in self.retired if all(retired is not other for other in free))
-        return free
+        """Forget the retired generations that nobody holds any more; return them, each to one caller only."""
+        free = (self._retired.pop(retired.number, None) for retired in self.retired if retired.is_free)
+        return tuple(retired for retired in free if retired is not None)
 
     def describe_holders(self) -> str:
         """Return one sentence on who holds old generations, empty when nobody does."""
-        self.forget_free()
         parts = []
         for retired in self.retired:
+            if retired.is_free:
+                continue
             runners = [holder.description for holder in self.find_runners(retired)]
             what = "; ".join(runners) or "references kept outside the slot (see slot.find_holders())"
             parts.append(f"generation {retired.number} ({retired.nbytes} bytes) is held by {what}")
@@ -152,7 +177,7 @@ class Spares:
         retired = Retired(generation, nbytes=weights_nbytes(generation))
         if not self.admission.retire(generation):
             return None
-        self.retired = (*self.retired, retired)
+        self._retired[retired.number] = retired
         return retired
 
     def _retire(self, number: int, cancellation: Cancellation) -> None:

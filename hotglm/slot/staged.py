@@ -136,6 +136,10 @@ class Staged:
         """Let go of the generation after the commit, so that keeping this object keeps no memory."""
         self._generation = None
 
+    def reset_lock_after_fork(self) -> None:
+        """Replace the lock in a forked child, where the thread that may have held it does not exist."""
+        self._lock = threading.Lock()
+
     def _end(self, reason: str) -> bool:
         with self._lock:
             if self._state is not State.STAGED:

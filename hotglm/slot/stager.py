@@ -49,9 +49,9 @@ class Stager:
         """Start with nothing staged."""
         self._spares = spares
         self._name = name
-        self.reset_locks()
         self._latest: weakref.ref[Staged] | None = None
         self._threads: set[int] = set()
+        self.reset_locks()
 
     def reset_locks(self) -> None:
         """Forget any stage in flight: at the start, and in a forked child, where its thread does not exist."""
@@ -59,6 +59,9 @@ class Stager:
         self._gate = threading.Lock()
         self._in_flight: Cancellation | None = None
         self._threads = set()
+        self._spares.reset_lock_after_fork()
+        if self.staged is not None:
+            self.staged.reset_lock_after_fork()
 
     @property
     def staged(self) -> Staged | None:

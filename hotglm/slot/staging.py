@@ -37,7 +37,7 @@ from hotglm.slot.code import Code, choose_code
 from hotglm.slot.generation import Generation
 from hotglm.slot.receipt import Progress
 from hotglm.slot.source import Offer, Source, open_source
-from hotglm.slot.spare import Spares
+from hotglm.slot.spare import Spares, TakenSpare
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
@@ -115,16 +115,15 @@ class _Stage:
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up
                 rebind(code.module, constants=self._request.constants)
         with record.timed("memory"):
-            arena, is_fresh = self._spares.take(record.plan, cancellation=cancellation)
-            if is_fresh:
-                self._populate(arena)
-            lease = arena.lease()
+            taken = self._spares.take(record.plan, cancellation=cancellation)
+            if taken.is_fresh:
+                self._populate(taken.arena)
         with record.timed("copy"):
-            twin = copy_module(code.module, layout=layout, lease=lease, constants=self._request.constants)
+            twin = copy_module(code.module, layout=layout, lease=taken.lease, constants=self._request.constants)
             record.carried = twin.carried
             self._carry_over(entries, twin)
-        loaded = self._load(twin, layout, lease, entries)
-        generation = self._prove(twin, code, arena, lease, loaded)
+        loaded = self._load(twin, layout, taken.lease, entries)
+        generation = self._prove(twin, code, taken, loaded)
         cancellation.raise_if_cancelled()
         request = self._request
         return Staged(
@@ -221,7 +220,7 @@ class _Stage:
 
     # -- proof -------------------------------------------------------------------------------------------------------
 
-    def _prove(self, twin: Twin, code: Code, arena: Arena, lease: Lease, loaded: Loaded) -> Generation:
+    def _prove(self, twin: Twin, code: Code, taken: TakenSpare, loaded: Loaded) -> Generation:
         request, record = self._request, self._record
         request.cancellation.raise_if_cancelled()
         with record.timed("refresh"):
@@ -243,8 +242,8 @@ class _Stage:
             contract=self._contract_of(twin.module, code.contract),
             digests=loaded.digests,
             digest=digest,
-            arena=arena,
-            lease=lease.watch,
+            arena=taken.arena,
+            lease=taken.lease.watch,
         )
 
     def _run_slot_refresh(self, module: nn.Module) -> tuple[str, ...]:

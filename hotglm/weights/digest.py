@@ -31,7 +31,7 @@ def format_digest(hexadecimal: str) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes of `tensor` in row-major order as a flat uint8 tensor; a view where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def digest_tensor(tensor: torch.Tensor) -> str:

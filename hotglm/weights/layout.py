@@ -64,7 +64,8 @@ def plan_layout(extents: Iterable[Extent], *, alignment: int) -> Layout:
 
     Args:
         extents: in registration order; several may overlap; empty ones take no room.
-        alignment: a power of two; where a span's address was itself aligned to its items, it stays so.
+        alignment: a power of two; a span of one tensor starts at a multiple of it, one of several that begin at
+            different places keeps its address modulo this, so that each stays as aligned to its items as it was.
 
     Returns:
         The layout, `nbytes` being a multiple of `alignment`.
@@ -84,8 +85,10 @@ def plan_layout(extents: Iterable[Extent], *, alignment: int) -> Layout:
         if span is None:
             start = cluster[0].address
             nbytes = max(member.address + member.nbytes for member in cluster) - start
-            span = spans[id(cluster)] = Span(address=start, nbytes=nbytes, offset=end)
-            end += -(-nbytes // alignment) * alignment
+            # Members that begin later keep their distance, so the span keeps its phase: what was aligned there stays so.
+            phase = start % alignment if any(member.address != start for member in cluster) else 0
+            span = spans[id(cluster)] = Span(address=start, nbytes=nbytes, offset=end + phase)
+            end += -(-(phase + nbytes) // alignment) * alignment
         offsets[extent.name] = span.offset + extent.address - span.address
     ordered = sorted(spans.values(), key=lambda span: span.address)
     return Layout(offsets=offsets, spans=tuple(ordered), nbytes=end)

@@ -26,10 +26,10 @@ from hotglm.errors import (
     Problem,
     SourceChangedError,
     SourceError,
-    SourceReadError,
     TensorValueError,
 )
 from hotglm.release.files import TensorLocation, WeightFiles
+from hotglm.release.reading import read_error
 from hotglm.weights.arena import Lease
 from hotglm.weights.digest import digest_tensor, format_digest, tensor_bytes
 from hotglm.weights.dtypes import TORCH_DTYPES
@@ -352,11 +352,7 @@ def _read_exactly(files: WeightFiles, number: int, views: list[memoryview], offs
         except InterruptedError:
             continue
         except OSError as error:
-            raise SourceReadError(
-                f"Expected to read {sum(view.nbytes for view in todo)} bytes, got {error.strerror or error}.",
-                problems=[Problem(code="IO_ERROR", message=str(error), file=file.path, offset=offset)],
-                remedy="look after the disk or mount that the file is on, and stage it again.",
-            ) from error
+            raise read_error(error, path=file.path, offset=offset) from error
         if nbytes == 0:
             raise SourceChangedError(
                 "Expected the source to keep its length while it is read, got its end.",

@@ -1,0 +1,131 @@
+"""Engines with a planted bug each: the ways people swap a live model today, which the harness of `support.torn` must catch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from support.torn import Oracle, SlotEngine, weights
+
+from hotglm.slot.admission import Admission
+from hotglm.slot.memory import ArenaPool
+from hotglm.weights.arena import Arena, Lease
+
+
+class InPlaceCopy:
+    """Bug: every tensor of the live module is overwritten with `copy_`, as `load_state_dict` does."""
+
+    def __init__(self, version: int) -> None:
+        self.module = Oracle(version)
+        self.call: Callable[[torch.Tensor], torch.Tensor] = self.module
+
+    def swap(self, version: int) -> None:
+        live = self.module.state_dict()
+        for name, value in weights(version).items():
+            live[name].copy_(value)
+
+    def abandon(self) -> None:
+        return
+
+
+class DataAssignment(InPlaceCopy):
+    """Bug: every tensor of the live module gets new memory through `.data`."""
+
+    def swap(self, version: int) -> None:
+        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        for name, value in weights(version).items():
+            tensors[name].data = value
+
+
+class TwoBuffers:
+    """Bug: two modules take turns, and the one that was replaced is overwritten while passes still run in it."""
+
+    def __init__(self, version: int) -> None:
+        self._live = Oracle(version)
+        self._spare = Oracle(version)
+
+    def call(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self._live(x)
+        return output
+
+    def swap(self, version: int) -> None:
+        state = self._spare.state_dict()
+        for name, value in weights(version).items():
+            state[name].copy_(value)
+        self._live, self._spare = self._spare, self._live
+
+    def abandon(self) -> None:
+        return
+
+
+class ForgottenPin(SlotEngine):
+    """Bug: hotglm's own slot, but an arena is reused as soon as no publication names it, whoever still runs in it."""
+
+    def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
+        super().__init__(version, boundary=boundary)
+        forget_pins(self.slot._spares, self.slot._admission)
+
+
+def forget_pins(spares: object, admission: Admission) -> None:
+    """Make the arenas of a slot forget to ask whether their lease is dead."""
+    spares.pool = _ForgetfulPool(admission)  # type: ignore[attr-defined]
+
+
+class _ForgetfulArena(Arena):
+    __slots__ = ()
+
+    def lease(self) -> Lease:
+        self._lease = None
+        return super().lease()
+
+
+class _ForgetfulPool(ArenaPool):
+    def __init__(self, admission: Admission) -> None:
+        super().__init__()
+        self._admission = admission
+
+    def find_free(self, nbytes: int) -> Arena | None:
+        live = self._admission.live
+        named = [generation.arena for generation in (live.generation, *live.held)]
+        return next((a for a in self._arenas if a.nbytes >= nbytes and all(a is not other for other in named)), None)
+
+    def allocate(self, nbytes: int) -> Arena:
+        arena = super().allocate(nbytes)
+        arena.__class__ = _ForgetfulArena
+        return arena
+
+    def give_up(self, arena: Arena) -> None:
+        return
+
+
+class ReaderPreferringLock:
+    """Bug: a reader-writer lock that lets readers in while a writer waits; under steady load it waits for ever."""
+
+    def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
+        self.module = Oracle(version, boundary=boundary)
+        self._changed = threading.Condition()
+        self._num_readers = 0
+        self._abandoned = False
+
+    def call(self, x: torch.Tensor) -> torch.Tensor:
+        with self._changed:
+            self._num_readers += 1
+        try:
+            output: torch.Tensor = self.module(x)
+            return output
+        finally:
+            with self._changed:
+                self._num_readers -= 1
+                self._changed.notify_all()
+
+    def swap(self, version: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_readers == 0 or self._abandoned)
+            if not self._abandoned:
+                self.module.load_state_dict(weights(version))
+
+    def abandon(self) -> None:
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
