@@ -91,14 +91,17 @@ class SlotCore:
         self.stager = Stager(self.spares, name=settings.name)
         self.refusals: deque[str] = deque(maxlen=_MAX_REFUSALS)
         self.num_refused = 0
+        self._late: deque[Event] = deque()
         self._numbers = itertools.count(first.number + 1)
 
     def stage(self, source: Source, version: str | Version | None, options: StageOptions) -> Staged:
         """Stage `source`; see `ModuleSlot.stage`."""
-        with self.stager.turn(what=_describe(source, version), can_be_superseded=True) as cancellation:
-            staged, events = self._stage(source, version, options, cancellation)
-        self.publish(*events)
-        return staged
+        events: list[Event] = []
+        try:
+            with self.stager.turn(what=_describe(source, version), can_be_superseded=True) as cancellation:
+                return self._stage(source, version, options, cancellation, events)
+        finally:
+            self._publish_after_turn(events)
 
     def commit(self, staged: Staged, expected: Expected | None) -> Receipt:
         """Commit `staged`; see `ModuleSlot.commit`."""
@@ -110,15 +113,20 @@ class SlotCore:
         self, source: Source, version: str | Version | None, expected: Expected | None, options: StageOptions
     ) -> Receipt:
         """Stage and commit in one turn; see `ModuleSlot.update`."""
-        with self.stager.turn(what=_describe(source, version), can_be_superseded=False) as cancellation:
-            staged, events = self._stage(source, version, options, cancellation)
-            try:
-                receipt, event = self._commit(staged, expected)
-            except BaseException:
-                staged.discard()
-                raise
-        self.publish(*events, event)
-        return receipt
+        events: list[Event] = []
+        try:
+            with self.stager.turn(what=_describe(source, version), can_be_superseded=False) as cancellation:
+                staged = self._stage(source, version, options, cancellation, events)
+                try:
+                    receipt, event = self._commit(staged, expected)
+                except BaseException:
+                    staged.drop()
+                    events.append(self._discarded(staged))
+                    raise
+                events.append(event)
+                return receipt
+        finally:
+            self._publish_after_turn(events)
 
     def rollback(self, to: Expected | None, expected: Expected | None) -> Receipt:
         """Make a held generation live; see `ModuleSlot.rollback`."""
@@ -189,20 +197,28 @@ class SlotCore:
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _stage(
-        self, source: Source, version: str | Version | None, options: StageOptions, cancellation: Cancellation
-    ) -> tuple[Staged, list[Event]]:
+        self,
+        source: Source,
+        version: str | Version | None,
+        options: StageOptions,
+        cancellation: Cancellation,
+        events: list[Event],
+    ) -> Staged:
         record = StageRecord()
-        events = [*self.note_drained(), *self._supersede(source, version)]
+        events += [*self.note_drained(), *self._supersede(source, version)]
         live = self.admission.live.generation
         try:
             request = self._request(source, version, options, live=live, cancellation=cancellation)
             staged = self.stager.run(request, record, progress=options.progress)
         except HotglmError as error:
             events.append(self._refuse(error, record, live))
-            self.publish(*events)
             raise
-        event = StagedEvent(slot=self.settings.name, version=str(staged.version), number=staged.number)
-        return staged, [*events, event]
+        events.append(StagedEvent(slot=self.settings.name, version=str(staged.version), number=staged.number))
+        return staged
+
+    def _publish_after_turn(self, events: list[Event]) -> None:
+        late = [self._late.popleft() for _ in range(len(self._late))]
+        self.publish(*late, *events)
 
     def _supersede(self, source: Source, version: str | Version | None) -> list[Event]:
         old = self.stager.discard_latest(by=_describe(source, version))
@@ -319,10 +335,13 @@ class SlotCore:
             limit_s=self.settings.memory.drain_timeout_s,
             holders=texts,
         )
-        self.publish(event)
+        self._late.append(event)  # found while the stage has its turn; announced when it has ended
 
     def _announce_discarded(self, staged: Staged) -> None:
-        self.publish(DiscardedEvent(slot=self.settings.name, version=str(staged.version), number=staged.number))
+        self.publish(self._discarded(staged))
+
+    def _discarded(self, staged: Staged) -> Event:
+        return DiscardedEvent(slot=self.settings.name, version=str(staged.version), number=staged.number)
 
 
 _STAGED_PARTS = ("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted")

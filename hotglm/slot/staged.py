@@ -112,10 +112,14 @@ class Staged:
 
     def discard(self) -> bool:
         """Give the spare back; return whether it was still staged. A committed or discarded stage is left as it is."""
-        ended = self._end("was discarded")
+        ended = self.drop()
         if ended:
             self._on_discard(self)
         return ended
+
+    def drop(self) -> bool:
+        """Discard it without announcing that; for the slot itself, which announces it later."""
+        return self._end("was discarded")
 
     def supersede(self, *, by: str) -> bool:
         """Discard it because a newer stage begins; return whether it was still staged."""

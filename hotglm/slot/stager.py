@@ -154,10 +154,11 @@ class Stager:
 
     def _verify_not_inside(self) -> None:
         if threading.get_ident() in self._threads:
-            raise ReentrantError(
+            error = ReentrantError(
                 "Expected an update from outside the slot's own staging, got one from inside it.",
                 remedy="let the check, refresh or progress callback return, and update afterwards.",
             )
+            raise error.with_slot(slot=self._name, version=None, serving=None)
 
     def _superseded(self, what: str) -> SupersededError:
         return SupersededError(

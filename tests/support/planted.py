@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from support.torn import Oracle, SlotEngine, weights
 
+import hotglm
 from hotglm.slot.admission import Admission
 from hotglm.slot.memory import ArenaPool
 from hotglm.weights.arena import Arena, Lease
@@ -64,12 +65,12 @@ class ForgottenPin(SlotEngine):
 
     def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
         super().__init__(version, boundary=boundary)
-        forget_pins(self.slot._spares, self.slot._admission)
+        forget_pins(self.slot)
 
 
-def forget_pins(spares: object, admission: Admission) -> None:
-    """Make the arenas of a slot forget to ask whether their lease is dead."""
-    spares.pool = _ForgetfulPool(admission)  # type: ignore[attr-defined]
+def forget_pins(slot: hotglm.ModuleSlot) -> None:
+    """Make the arenas of a slot, which was not updated yet, forget to ask whether their lease is dead."""
+    slot._core.spares.pool = _ForgetfulPool(slot._core.admission)
 
 
 class _ForgetfulArena(Arena):
