@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from hotglm.errors import HeaderError, NonFiniteError, SourceError, TensorValueError
-from hotglm.errors import IncompatibleError, SourceChangedError
+from hotglm.errors import HeaderError, IncompatibleError, NonFiniteError, SourceError
 from support.bytes_maker import entry, layout, make_file, make_header, split_file
 from support.universal import World, universal
 
@@ -121,6 +119,7 @@ def test_misaligned_data_is_copied_to_aligned_memory(world: World) -> None:
     odd = text + b" " * (1 + (len(text) + 8) % 2)
     assert (8 + len(odd)) % 2 == 1
     path.write_bytes(make_file(odd, data))
+    world.publish(number)
     world.slot.update(path)
     assert all(parameter.data_ptr() % 64 == 0 for parameter in world.slot.live.module.parameters())
     assert world.answer().equal(world.expected(number))
@@ -131,7 +130,7 @@ def test_every_truncation_is_refused(world: World) -> None:
     _, path = world.write()
     data, bad = path.read_bytes(), world.directory / "bad.safetensors"
     bad.touch()
-    lengths = sorted({*range(0, 16), *range(16, len(data), 97), len(data) - 1})
+    lengths = range(len(data))
     with universal(world, SourceError, file=bad, num_refused=len(lengths)) as outcome:
         for length in lengths:
             bad.write_bytes(data[:length])
@@ -142,12 +141,12 @@ def test_every_truncation_is_refused(world: World) -> None:
 
 
 def test_every_flipped_bit_is_refused(world: World) -> None:
-    """A36: one flipped bit anywhere in the payload is found by the digests that the file carries."""
+    """A36: one flipped bit in any byte of the payload is found by the digests that the file carries."""
     _, path = world.write()
     data, bad = bytearray(path.read_bytes()), world.directory / "bad.safetensors"
     bad.touch()
     start = 8 + len(split_file(bytes(data))[0])
-    places = list(range(start, len(data), 41))
+    places = range(start, len(data))
     with universal(world, SourceError, code="DIGEST_MISMATCH", num_refused=len(places)) as outcome:
         for place in places:
             data[place] ^= 1 << place % 8
@@ -169,12 +168,12 @@ def test_values_that_are_refused_change_nothing(world: World) -> None:
         world.slot.update(path, version="9.0.0")
 
 
-def test_unusable_metadata_changes_nothing(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"), [("hotglm.digests", "[]"), ("hotglm.requires", "{"), ("hotglm.digests", '{"other": "sha256:0"}')]
+)
+def test_unusable_metadata_changes_nothing(world: World, key: str, value: str) -> None:
     """Metadata that hotglm reads is refused by file when it cannot be meant."""
     path = world.directory / "bad.safetensors"
-    for key, value in {"hotglm.digests": "[]", "hotglm.requires": "{", "hotglm.digests ": ""}.items():
-        path.write_bytes(make_file({"__metadata__": {key.strip(): value or "7"}, **HEADER}, DATA))
-        with universal(world, TensorValueError, code="BAD_METADATA", file=path):
-            world.slot.update(path)
-    assert SourceChangedError.code == "SOURCE_CHANGED"
-    assert tmp_path.exists()
+    path.write_bytes(make_file({"__metadata__": {key: value}, **HEADER}, DATA))
+    with universal(world, SourceError, file=path):
+        world.slot.update(path)

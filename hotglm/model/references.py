@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterator
 __all__ = ["copies_itself", "find_captured", "iterate_items", "reaches"]
 
 
-def iterate_items(value: object) -> Iterator[object]:
-    """Yield `value` itself and, where it is a plain container, what is directly in it."""
+def iterate_items(value: object, *, depth: int = 4) -> Iterator[object]:
+    """Yield `value` itself and, where it is a plain container, what is in it, down to `depth` containers."""
     yield value
-    match value:
-        case dict():
-            yield from list(value.values())
-        case list() | tuple() | set():
-            yield from list(value)
+    if depth and isinstance(value, (dict, list, tuple, set)):
+        for item in list(value.values() if isinstance(value, dict) else value):
+            yield from iterate_items(item, depth=depth - 1)
 
 
 def copies_itself(value: object) -> bool:
@@ -54,5 +52,6 @@ def reaches(value: object, wanted: Callable[[object], bool], *, limit: int = 200
         seen.add(id(item))
         if wanted(item):
             return True
-        todo.extend(gc.get_referents(item))
+        # Not a function's globals: they lead to everything its file has imported or made.
+        todo.extend(find_captured(item) if inspect.isfunction(item) else gc.get_referents(item))
     return False

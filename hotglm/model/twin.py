@@ -21,6 +21,7 @@ same view of the spare. Any other is cloned if it may be carried over (`model/de
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import types
 import weakref
@@ -178,6 +179,10 @@ class _Copier(TorchFunctionMode):
             self._map_state()
             modules = list(self._root.named_modules())
             self._tree = {id(module): path for path, module in modules}
+            for _, module in modules:
+                if _has_plain_state(type(module)):  # empty for now, so that children can refer to their parents
+                    self._remember(module, module.__new__(type(module)))
+            self._map_weakrefs()
             with self:
                 for path, module in reversed(modules):  # children come after parents in named_modules
                     self._copy_one(path, module)
@@ -222,15 +227,14 @@ class _Copier(TorchFunctionMode):
     # -- modules and their attributes ----------------------------------------------------------------------------------
 
     def _copy_one(self, path: str, module: nn.Module) -> None:
-        if id(module) in self._memo:
+        twin = self._memo.get(id(module))
+        if twin is not None and not _has_plain_state(type(module)):  # copied already, by way of another attribute
             return
         self._where = (path, module)
         snapshot = dict(vars(module))
         self._map_references(path, snapshot)
         try:
-            if _has_plain_state(type(module)):
-                twin = module.__new__(type(module))
-                self._remember(module, twin)
+            if twin is not None:
                 snapshot.pop("_compiled_call_impl", None)
                 for name, value in snapshot.items():
                     vars(twin)[name] = self._copy_attribute(path, name, value)
@@ -261,30 +265,31 @@ class _Copier(TorchFunctionMode):
         for name, value in attributes.items():
             is_hooks = name.endswith("_hooks") and isinstance(value, dict)
             for item in iterate_items(value):
-                if isinstance(item, weakref.ref):
-                    self._map_weakref(item)
-                elif inspect.isfunction(item):
+                if inspect.isfunction(item):
                     self._judge_function(path, name, item)
                 elif isinstance(item, types.MethodType) and id(item.__self__) not in self._tree:
                     self._remember(item, item)  # a method of somebody else's object stays that object's
                 elif isinstance(item, nn.Parameter) and id(item) not in self._memo:
                     self._copy_tensor(item, self._memo)  # Parameter.__deepcopy__ asks no function mode
+                elif isinstance(item, functools._lru_cache_wrapper) and self._leads_inside(item):
+                    self._refuse(path, name, "its cache is bound to this module and would be shared by all versions")
                 elif is_hooks and item is not value and not copies_itself(item) and not self._leads_inside(item):
                     self._remember(item, item)  # a hook with state of its own goes on with that state
 
     def _leads_inside(self, value: object) -> bool:
         return reaches(value, self._is_inside)
 
-    def _map_weakref(self, reference: weakref.ref[Any]) -> None:
-        target = reference()
-        if target is None:
-            return
-        if id(target) in self._memo:
-            self._remember(reference, weakref.ref(self._memo[id(target)]))
+    def _map_weakrefs(self) -> None:
+        """Enter every weak reference to a part of the module, wherever the copy will meet it."""
+        for source in list(self._keep):
+            twin = self._memo[id(source)]
+            for reference in weakref.getweakrefs(source):
+                is_proxy = isinstance(reference, weakref.ProxyTypes)
+                self._remember(reference, weakref.proxy(twin) if is_proxy else weakref.ref(twin))
 
     def _judge_function(self, path: str, name: str, function: Callable[..., object]) -> None:
         for captured in find_captured(function):
-            if self._is_inside(captured):
+            if self._leads_inside(captured):
                 label = getattr(function, "__qualname__", repr(function))
                 self._refuse(path, name, f"the function {label} has captured a part of the module it is attached to")
                 return

@@ -9,13 +9,14 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -43,12 +44,15 @@ from hotglm.slot.receipt import Progress, Receipt
 from hotglm.slot.source import Source
 from hotglm.slot.spare import Spares
 from hotglm.slot.staged import Staged, StageRecord
-from hotglm.slot.stager import Stager
+from hotglm.slot.stager import Stager, clear_frames
 from hotglm.slot.staging import StageRequest
 from hotglm.version import Bump, Version
 from hotglm.weights.workers import Cancellation
 
 __all__ = ["SlotCore", "SlotSettings", "StageOptions"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _MAX_REFUSALS = 100
 """Texts of refusals kept for `status()`."""
@@ -76,6 +80,20 @@ class StageOptions:
     progress: Callable[[Progress], object] | None = None
 
 
+def _keeping_no_memory(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Wrap a method so that an error that somebody keeps keeps no generation alive with its traceback."""
+
+    @functools.wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return method(*args, **kwargs)
+        except BaseException as failure:
+            clear_frames(failure)  # those below this one, which have all returned
+            raise
+
+    return call
+
+
 class SlotCore:
     """Everything of a slot that is not a pass. Any thread may call any method."""
 
@@ -94,6 +112,7 @@ class SlotCore:
         self._late: deque[Event] = deque()
         self._numbers = itertools.count(first.number + 1)
 
+    @_keeping_no_memory
     def stage(self, source: Source, version: str | Version | None, options: StageOptions) -> Staged:
         """Stage `source`; see `ModuleSlot.stage`."""
         events: list[Event] = []
@@ -103,12 +122,16 @@ class SlotCore:
         finally:
             self._publish_after_turn(events)
 
+    @_keeping_no_memory
     def commit(self, staged: Staged, expected: Expected | None) -> Receipt:
         """Commit `staged`; see `ModuleSlot.commit`."""
-        receipt, event = self._commit(staged, expected)
-        self.publish(event)
-        return receipt
+        events: list[Event] = []
+        try:
+            return self._commit(staged, expected, events)
+        finally:
+            self.publish(*events)
 
+    @_keeping_no_memory
     def update(
         self, source: Source, version: str | Version | None, expected: Expected | None, options: StageOptions
     ) -> Receipt:
@@ -118,16 +141,15 @@ class SlotCore:
             with self.stager.turn(what=_describe(source, version), can_be_superseded=False) as cancellation:
                 staged = self._stage(source, version, options, cancellation, events)
                 try:
-                    receipt, event = self._commit(staged, expected)
+                    return self._commit(staged, expected, events)
                 except BaseException:
                     staged.drop()
                     events.append(self._discarded(staged))
                     raise
-                events.append(event)
-                return receipt
         finally:
             self._publish_after_turn(events)
 
+    @_keeping_no_memory
     def rollback(self, to: Expected | None, expected: Expected | None) -> Receipt:
         """Make a held generation live; see `ModuleSlot.rollback`."""
         started = time.perf_counter()
@@ -149,6 +171,7 @@ class SlotCore:
         )
         return receipt
 
+    @_keeping_no_memory
     def confirm(self, expected: Expected | None) -> bool:
         """End the trial; see `ModuleSlot.confirm`."""
         try:
@@ -259,7 +282,7 @@ class SlotCore:
             on_discard=self._announce_discarded,
         )
 
-    def _refuse(self, error: HotglmError, record: StageRecord, live: Generation) -> Event:
+    def _refuse(self, error: HotglmError, record: StageRecord | Staged, live: Generation) -> Event:
         version = record.version
         self.add_context(error, version)
         error.receipt = Receipt(
@@ -282,7 +305,7 @@ class SlotCore:
         text = None if version is None else str(version)
         return RefusedEvent(slot=self.settings.name, version=text, code=error.code, message=str(error))
 
-    def _commit(self, staged: Staged, expected: Expected | None) -> tuple[Receipt, Event]:
+    def _commit(self, staged: Staged, expected: Expected | None, events: list[Event]) -> Receipt:
         if not isinstance(staged, Staged) or staged.owner is not self.admission:
             raise ArgumentError(
                 f"Expected a stage of slot {self.settings.name!r}, got {shorten_repr(staged)}.",
@@ -294,7 +317,7 @@ class SlotCore:
             target = staged.base if expected is None else expected
             old = self.admission.commit(generation, expected=target, claim=staged.claim)
         except HotglmError as error:
-            self.add_context(error, staged.version)
+            events.append(self._refuse(error, staged, self.admission.live.generation))
             raise
         commit_s = time.perf_counter() - started
         staged.release()
@@ -306,7 +329,8 @@ class SlotCore:
             previous_version=str(old.generation.version),
             previous_number=old.generation.number,
         )
-        return receipt, event
+        events.append(event)
+        return receipt
 
     def _receipt(
         self, action: str, old: Publication, new: Generation, commit_s: float, staged: Staged | None = None

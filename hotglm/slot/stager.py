@@ -14,6 +14,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -36,7 +37,7 @@ from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.staging import StageRequest, stage_version
 from hotglm.weights.workers import Cancellation, lower_priority, start_thread
 
-__all__ = ["Stager"]
+__all__ = ["Stager", "clear_frames"]
 
 _STOP_GRACE_S = 1.0
 """How long an interrupted or timed-out stage may take to reach its next chunk before its thread is left to itself."""
@@ -105,28 +106,34 @@ class Stager:
             HotglmError: the stage failed; whatever it was, it is typed.
         """
         outcomes: queue.SimpleQueue[Progress | Staged | BaseException] = queue.SimpleQueue()
-
-        def work() -> None:
-            self._threads.add(threading.get_ident())
-            lower_priority(request.policy.nice)
-            try:
-                outcomes.put(stage_version(replace(request, report=outcomes.put), self._spares, record))
-            except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
-                outcomes.put(failure)
-            finally:
-                self._threads.discard(threading.get_ident())
-
+        # A partial and no closure: `clear_frames` cannot reach what the function of a frame has captured.
+        work = functools.partial(self._work, replace(request, report=outcomes.put), record, outcomes)
         thread = start_thread(work, name=f"hotglm-stage-{self._name}")
         try:
             staged = self._wait(outcomes, request, progress)
         except BaseException as failure:
             request.cancellation.cancel(failure)
             thread.join(_STOP_GRACE_S)
-            _clear_frames(failure)
+            clear_frames(failure)
             raise
         thread.join()
         self._latest = weakref.ref(staged)
         return staged
+
+    def _work(
+        self,
+        request: StageRequest,
+        record: StageRecord,
+        outcomes: queue.SimpleQueue[Progress | Staged | BaseException],
+    ) -> None:
+        self._threads.add(threading.get_ident())
+        lower_priority(request.policy.nice)
+        try:
+            outcomes.put(stage_version(request, self._spares, record))
+        except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
+            outcomes.put(failure)
+        finally:
+            self._threads.discard(threading.get_ident())
 
     def _wait(
         self,
@@ -183,7 +190,7 @@ def _as_typed(failure: BaseException) -> BaseException:
     return typed
 
 
-def _clear_frames(failure: BaseException) -> None:
+def clear_frames(failure: BaseException) -> None:
     """Clear the local variables of every dead frame in the error and its causes, so that it keeps no spare alive."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [failure]

@@ -196,10 +196,9 @@ def _settle(
         loaded.converted.append(name)
     if not is_first and not _equals(target.view, tensor):
         loaded.problems.append((TensorValueError, _describe_conflict(name, target)))
-    nbytes = target.view.numel() * target.view.element_size()
-    _prove(name, target, digest=None, loaded=loaded, options=options)
-    loaded.add_nbytes(nbytes if is_first else 0)
-    options.report(nbytes)
+    _prove(name, target, digest=None, loaded=loaded, options=options, source=tensor)
+    loaded.add_nbytes(target.view.numel() * target.view.element_size() if is_first else 0)
+    options.report(tensor.numel() * tensor.element_size())
 
 
 def _equals(view: torch.Tensor, tensor: torch.Tensor) -> bool:
@@ -215,13 +214,23 @@ def _describe_conflict(name: str, target: Target) -> Problem:
     )
 
 
-def _prove(name: str, target: Target, *, digest: str | None, loaded: Loaded, options: LoadOptions) -> None:
+def _prove(
+    name: str,
+    target: Target,
+    *,
+    digest: str | None,
+    loaded: Loaded,
+    options: LoadOptions,
+    source: torch.Tensor | None = None,
+) -> None:
     """Hash the tensor where that is wanted and not done yet, and note what is wrong with its values."""
     expected = options.expected.get(name)
     if digest is None and (options.digest or expected is not None):
         digest = digest_tensor(target.view)
     if digest is not None:
         loaded.digests[name] = digest
+    if expected is not None and source is not None and source.dtype is not target.view.dtype:
+        digest = digest_tensor(source)  # what was promised is what was offered, not what it was converted to
     if expected is not None and digest != expected:
         loaded.problems.append(
             (

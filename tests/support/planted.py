@@ -10,8 +10,11 @@ from support.torn import Oracle, SlotEngine, weights
 
 import hotglm
 from hotglm.slot.admission import Admission
+from hotglm.slot.generation import Retired
 from hotglm.slot.memory import ArenaPool
+from hotglm.slot.spare import Spares
 from hotglm.weights.arena import Arena, Lease
+from hotglm.weights.workers import Cancellation
 
 
 class InPlaceCopy:
@@ -63,14 +66,22 @@ class TwoBuffers:
 class ForgottenPin(SlotEngine):
     """Bug: hotglm's own slot, but an arena is reused as soon as no publication names it, whoever still runs in it."""
 
-    def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
-        super().__init__(version, boundary=boundary)
+    def __init__(self, version: int, *, after_update: Callable[[hotglm.ModuleSlot], object] | None = None) -> None:
+        super().__init__(version, after_update=after_update)
         forget_pins(self.slot)
 
 
 def forget_pins(slot: hotglm.ModuleSlot) -> None:
     """Make the arenas of a slot, which was not updated yet, forget to ask whether their lease is dead."""
     slot._core.spares.pool = _ForgetfulPool(slot._core.admission)
+    slot._core.spares.__class__ = _ForgetfulSpares
+
+
+class _ForgetfulSpares(Spares):
+    __slots__ = ()
+
+    def wait_until_free(self, retired: Retired, *, timeout_s: float, cancellation: Cancellation) -> bool:
+        return True
 
 
 class _ForgetfulArena(Arena):

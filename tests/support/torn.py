@@ -12,6 +12,7 @@ catch, so that a count of 0 means something.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import threading
 import time
@@ -133,14 +134,14 @@ def name_version(version: int) -> str:
 def plan_swaps(*, updates: int, rollbacks: int = 0) -> list[int]:
     """Return versions to swap to, beginning after `PRIMES[0]`: new ones, with ways back and forth spread among them."""
     plan: list[int] = []
-    live, before = 0, 0
-    for index in range(updates):
-        live, before = (live + 1) % len(PRIMES), live
-        plan.append(PRIMES[live])
-        for _ in range(rollbacks * (index + 1) // updates - rollbacks * index // updates):
+    live = before = PRIMES[0]
+    fresh = itertools.cycle(PRIMES)
+    for done in range(updates):
+        live, before = next(prime for prime in fresh if prime not in (live, before)), live
+        plan.append(live)
+        for _ in range(rollbacks * (done + 1) // updates - rollbacks * done // updates):
             live, before = before, live
-            plan.append(PRIMES[live])
-        live = max(live, before) if {live, before} != {0, len(PRIMES) - 1} else 0
+            plan.append(live)
     return plan
 
 

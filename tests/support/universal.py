@@ -109,16 +109,20 @@ class World:
         return self._expected[value]
 
     def write(self, *, name: str = "", **metadata: Any) -> tuple[int, Path]:
-        """Write the next version's weights; return its number and the file. Its answer counts as published from now."""
+        """Write the next version's weights; return its number and the file. A pass must not see it before `publish`."""
         number = next(self._numbers)
         path = self.directory / (name or f"release-{number % 4}.safetensors")
         hotglm.save_weights(self.state(number), path, version=f"1.0.{number}", name="chain", **metadata)
-        self._published = [*self._published[-1:], self.expected(number)]
         return number, path
+
+    def publish(self, number: int) -> None:
+        """Let passes see version `number` from now on."""
+        self._published = [*self._published, self.expected(number)]
 
     def update(self) -> None:
         """Load a good release and see that it serves (U6)."""
         number, path = self.write()
+        self.publish(number)
         receipt = self.slot.update(path)
         assert str(receipt.new_version) == f"1.0.{number}"
         assert torch.equal(self.answer(), self.expected(number))
@@ -323,8 +327,8 @@ def universal(
 
 
 def _state_of(slot: hotglm.ModuleSlot) -> tuple[object, ...]:
-    status = slot.status()
-    return (slot.version, slot.live.number, slot.live.digest, status.epoch, status.trial, slot.history)
+    live = slot._admission.live  # not `status()`, which looks at every thread's frames
+    return (slot.version, slot.live.number, slot.live.digest, live.epoch, live.trial, slot.history)
 
 
 def _verify_typed(

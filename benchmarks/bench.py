@@ -1,0 +1,130 @@
+"""What every benchmark is given: sizes, rounds and a directory; and the rows it answers with.
+
+Rules this module keeps: no torch. A row is data; whether its target is met is decided where it is measured, and is None
+where no target stands (a control, or a peer's best case).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+__all__ = ["Bench", "Row", "Sample", "alternate", "at_least", "at_most"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """Sizes and rounds of one run.
+
+    Attributes:
+        directory: scratch space; weights are written there once and shared by the groups.
+        quick: whether this is the smoke test, whose figures mean nothing.
+    """
+
+    directory: str
+    quick: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the model that the figures are about."""
+        return 4 * MIB if self.quick else 1024 * MIB
+
+    def size(self, nbytes: int) -> int:
+        """Return a smaller size as it is, or, in the smoke test, shrunk in the same proportion."""
+        return max(MIB // 4, nbytes // 256) if self.quick else nbytes
+
+    def rounds(self, full: int) -> int:
+        """Return how often to measure."""
+        return 2 if self.quick else full
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Measurements of one thing, in seconds unless it is said otherwise, in the order they were taken."""
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Sample:
+        """Make a sample of one or more values."""
+        return cls(tuple(values))
+
+    @property
+    def median(self) -> float:
+        """The middle value."""
+        return median(self.values)
+
+    @property
+    def low(self) -> float:
+        """The tenth percentile."""
+        return self._decile(0)
+
+    @property
+    def high(self) -> float:
+        """The ninetieth percentile."""
+        return self._decile(8)
+
+    @property
+    def worst(self) -> float:
+        """The largest value."""
+        return max(self.values)
+
+    def _decile(self, index: int) -> float:
+        if len(self.values) == 1:
+            return self.values[0]
+        return quantiles(self.values, n=10, method="inclusive")[index]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        group: key of the group, as `--rows` takes it.
+        name: what was measured.
+        hotglm: our figure.
+        peer: the other one.
+        peer_name: what the peer does.
+        unit: of both: `"ns"`, `"us"`, `"ms"` (given in seconds), `"x"` or `"MiB"` (given as they are).
+        ratio: what the target is about.
+        ratio_name: how it was made.
+        target: in words; empty where none stands.
+        met: whether the ratio meets it; None where none stands.
+        note: what a reader must know to judge it.
+    """
+
+    group: str
+    name: str
+    hotglm: Sample
+    peer: Sample
+    peer_name: str
+    unit: str
+    ratio: float
+    ratio_name: str
+    target: str = ""
+    met: bool | None = None
+    note: str = ""
+
+
+def at_least(ratio: float, limit: float) -> bool:
+    """Tell whether a factor of improvement is reached."""
+    return ratio >= limit
+
+
+def at_most(ratio: float, limit: float) -> bool:
+    """Tell whether a factor of cost is kept."""
+    return ratio <= limit
+
+
+def alternate(sides: dict[str, Callable[[], float]], *, rounds: int) -> dict[str, Sample]:
+    """Measure every side once a round; each round begins with another side, so that drift and neighbours hit all alike."""
+    names = list(sides)
+    values: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        turn = index % len(names)
+        for name in (*names[turn:], *names[:turn]):
+            values[name].append(sides[name]())
+    return {name: Sample.of(found) for name, found in values.items()}

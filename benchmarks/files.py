@@ -1,0 +1,55 @@
+"""Files of weights that the benchmarks read, and what the page cache knows of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from benchmarks.bench import Bench
+from benchmarks.worker import Worker
+
+__all__ = ["WeightsOnDisk", "drop_cache", "make_weights", "warm_cache"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsOnDisk:
+    """One file of the weights of a `Stack`.
+
+    Attributes:
+        path: of the safetensors file; a pickled one, where there is one, is at `path` + `.pt`.
+        nbytes: size that was asked for.
+        num_tensors: number of tensors, all of one shape.
+    """
+
+    path: str
+    nbytes: int
+    num_tensors: int
+
+
+def make_weights(
+    bench: Bench, *, nbytes: int, num_tensors: int, seed: int = 1, pickled: bool = False
+) -> WeightsOnDisk:
+    """Write a file of weights, unless an earlier row has; return where it is."""
+    path = os.path.join(bench.directory, f"{nbytes}-{num_tensors}-{seed}.safetensors")
+    if not os.path.exists(path) or (pickled and not os.path.exists(f"{path}.pt")):
+        with Worker("benchmarks.models:FileMaker") as maker:
+            maker.ask("make", path=path, nbytes=nbytes, num_tensors=num_tensors, seed=seed, pickled=pickled)
+    return WeightsOnDisk(path=path, nbytes=nbytes, num_tensors=num_tensors)
+
+
+def warm_cache(path: str) -> None:
+    """Read a file once, so that the page cache has it."""
+    buffer = bytearray(4 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def drop_cache(path: str) -> None:
+    """Make the page cache forget a file that was flushed to disk and that nobody maps."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

@@ -1,0 +1,188 @@
+"""FAULTS K06: the Nth call of every kind to the operating system fails, for every N until an update comes through clean.
+
+After each failure the universal post-conditions hold (`support.universal`): the live generation serves, bit for bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hotglm
+from hotglm.errors import HotglmError, MemoryPlanError, SourceChangedError, SourceReadError, ThreadStartError
+from support.bytes_maker import make_file, split_file
+from support.faulty_seam import KINDS, fail_with, hooked, only_nth, read_one_byte
+from support.universal import World, universal
+
+READING = ("close", "fstat", "listdir", "open", "pread", "preadv")
+ERRNOS = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ESTALE, errno.EACCES)
+MAX_CALLS = 60
+
+
+def os_error(number: int) -> Callable[[], BaseException]:
+    return lambda: OSError(number, "planted")
+
+
+FAULTS: dict[str, Callable[[], BaseException]] = {
+    **{errno.errorcode[number]: os_error(number) for number in ERRNOS},
+    "MemoryError": lambda: MemoryError("planted"),
+    "RuntimeError": lambda: RuntimeError("planted"),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with World(tmp_path_factory.mktemp("seam"), policy=hotglm.StagePolicy(num_threads=2)) as made:
+        yield made
+
+
+def write_sharded(world: World) -> tuple[int, Path]:
+    """Write the next version as a directory of two shards, an index and a config; return its number and path."""
+    number, path = world.write(name="whole.tmp")
+    header, data = split_file(path.read_bytes())
+    whole: dict[str, Any] = json.loads(header)
+    metadata = whole.pop("__metadata__")
+    digests = json.loads(metadata.pop("hotglm.digests"))
+    directory = world.directory / "sharded"
+    directory.mkdir(exist_ok=True)
+    names, weight_map = list(whole), {}
+    for shard, chosen in (("a.safetensors", names[:3]), ("b.safetensors", names[3:])):
+        parts, start = [], 0
+        entries: dict[str, object] = {"__metadata__": {**metadata, "hotglm.digests": json.dumps(digests)}}
+        for name in chosen:
+            first, last = whole[name]["data_offsets"]
+            parts.append(data[first:last])
+            entries[name] = {**whole[name], "data_offsets": [start, start + last - first]}
+            start += last - first
+            weight_map[name] = shard
+        (directory / shard).write_bytes(make_file(entries, b"".join(parts)))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text("{}")
+    return number, directory
+
+
+def test_a_sharded_release_uses_every_kind_of_reading_call(world: World) -> None:
+    """The sweeps below mean something: a sharded release from a directory goes through every kind of reading call."""
+    number, source = write_sharded(world)
+    world.publish(number)
+    with hooked(lambda kind, count, args: None) as seen:
+        world.slot.update(source)
+    assert set(READING) <= set(seen.counts)
+    assert seen.counts["start_thread"] >= 2
+    assert set(KINDS) == {*READING, "map_anonymous", "populate", "start_thread"}
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name != "RuntimeError"])
+@pytest.mark.parametrize("kind", READING)
+def test_the_nth_reading_call_that_fails_is_a_typed_refusal(world: World, kind: str, fault: str) -> None:
+    """K06, D07, D14, D19: each reading call in turn fails; every time the refusal is typed and nothing has changed.
+
+    Closing may fail without harm, and a stale handle is opened again; then the update comes through whole.
+    """
+    if kind == "close" and fault == "MemoryError":
+        pytest.skip("the system has no such answer to close")
+    harmless = kind == "close" or (kind, fault) == ("open", "ESTALE")
+    kinds = (SourceReadError, MemoryPlanError)
+    for number in range(1, MAX_CALLS):
+        version, source = write_sharded(world)
+        world.publish(version)
+        with universal(world, kinds, may_pass=True) as outcome:
+            with hooked(only_nth(kind, number, fail_with(kind, FAULTS[fault]))) as seen:
+                world.slot.update(source)
+        if seen.counts[kind] < number:
+            assert number > 1
+            return
+        assert (outcome.error is None) is harmless, (number, outcome.error)
+    pytest.fail("the sweep did not come to its end")
+
+
+@pytest.mark.parametrize("kind", READING)
+def test_the_nth_reading_call_that_is_interrupted_is_made_again(world: World, kind: str) -> None:
+    """D07: EINTR at any call is not an error; the update comes through."""
+    for number in range(1, MAX_CALLS):
+        version, source = write_sharded(world)
+        world.publish(version)
+        with universal(world, HotglmError, may_pass=True) as outcome:
+            with hooked(only_nth(kind, number, fail_with(kind, InterruptedError))) as seen:
+                world.slot.update(source)
+        if seen.counts[kind] < number:
+            return
+        if kind in ("open", "pread", "preadv", "close"):
+            assert outcome.error is None, (number, outcome.error)
+    pytest.fail("the sweep did not come to its end")
+
+
+def test_every_read_may_be_one_byte_short_of_everything(world: World) -> None:
+    """D07: reads that always bring one byte only bring the whole version in the end."""
+    version, source = write_sharded(world)
+    world.publish(version)
+    with hooked(lambda kind, count, args: read_one_byte(args) if kind in ("pread", "preadv") else None):
+        world.slot.update(source)
+    assert world.answer().equal(world.expected(version))
+
+
+@pytest.mark.parametrize("kind", ["pread", "preadv"])
+def test_the_nth_read_that_meets_the_end_says_that_the_source_changed(world: World, kind: str) -> None:
+    """D02: a read that meets the end of the file names file and offset; it is never taken for data."""
+    for number in range(1, MAX_CALLS):
+        _, source = write_sharded(world)
+        end = b"" if kind == "pread" else 0
+        hook = lambda args, end=end: end  # noqa: E731 - one expression
+        with universal(world, SourceChangedError, code="SOURCE_CHANGED", may_pass=True) as outcome:
+            with hooked(only_nth(kind, number, hook)) as seen:
+                world.slot.update(source)
+                world.publish(world_number(world))
+        if seen.counts[kind] < number:
+            return
+        assert outcome.refusal.offset is not None
+        assert outcome.refusal.file is not None
+    pytest.fail("the sweep did not come to its end")
+
+
+def world_number(world: World) -> int:
+    """Return the number of the version that is live."""
+    return int(str(world.slot.version).rsplit(".", 1)[1])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_thread_that_does_not_start_is_a_typed_refusal(world: World, fault: str) -> None:
+    """K07: no thread can be had for the stage, or for any of its workers; the refusal is typed, no thread is left."""
+    for number in range(1, MAX_CALLS):
+        version, source = write_sharded(world)
+        world.publish(version)
+        with universal(world, ThreadStartError, code="THREAD_START", may_pass=True) as outcome:
+            with hooked(only_nth("start_thread", number, fail_with("start_thread", FAULTS[fault]))) as seen:
+                world.slot.update(source)
+        if seen.counts["start_thread"] < number:
+            assert number > 1
+            return
+        assert outcome.error is not None
+    pytest.fail("the sweep did not come to its end")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind", ["map_anonymous", "populate"])
+def test_memory_that_is_not_given_is_a_typed_refusal(tmp_path: Path, kind: str, fault: str) -> None:
+    """D20: memory for the spare cannot be mapped or faulted in; the refusal is typed and the next stage finds memory."""
+    with World(tmp_path, memory=hotglm.MemoryPolicy(max_copies=6)) as world:
+        session = world.slot.acquire()  # keeps arenas busy, so that a new one is asked for
+        for number in range(1, MAX_CALLS):
+            version, source = world.write()
+            world.publish(version)
+            with universal(world, HotglmError, may_pass=True) as outcome:
+                with hooked(only_nth(kind, number, fail_with(kind, FAULTS[fault]))) as seen:
+                    world.slot.update(source)
+            if seen.counts[kind] < number:
+                break
+            expected = MemoryPlanError if kind == "map_anonymous" or fault == "MemoryError" else HotglmError
+            assert isinstance(outcome.error, expected), outcome.error
+        else:
+            pytest.fail("the sweep did not come to its end")
+        session.__exit__()
+        assert Counter(event.number for event in world.slot.history)
