@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-__all__ = ["Bench", "Row", "Sample", "alternate", "at_least", "at_most"]
+__all__ = ["Bench", "Row", "Sample", "alternate", "at_least", "at_most", "describe_size"]
 
 MIB = 1 << 20
 
@@ -22,19 +22,16 @@ class Bench:
     Attributes:
         directory: scratch space; weights are written there once and shared by the groups.
         quick: whether this is the smoke test, whose figures mean nothing.
+        nbytes: size of the model that the figures are about.
     """
 
     directory: str
     quick: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the model that the figures are about."""
-        return 4 * MIB if self.quick else 1024 * MIB
+    nbytes: int = 1024 * MIB
 
     def size(self, nbytes: int) -> int:
-        """Return a smaller size as it is, or, in the smoke test, shrunk in the same proportion."""
-        return max(MIB // 4, nbytes // 256) if self.quick else nbytes
+        """Return a size that goes with a model of 1 GiB, in proportion to the size of this run."""
+        return max(MIB // 4, nbytes * self.nbytes // (1024 * MIB))
 
     def rounds(self, full: int) -> int:
         """Return how often to measure."""
@@ -107,6 +104,19 @@ class Row:
     target: str = ""
     met: bool | None = None
     note: str = ""
+
+
+def describe_size(nbytes: int) -> str:
+    """Return a size in words, rounded.
+
+    Example:
+        >>> describe_size(1 << 30), describe_size(10 << 20), describe_size(41000)
+        ('1 GiB', '10 MiB', '40 KiB')
+    """
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.0f} {name}"
+    return f"{nbytes / 1024:.0f} KiB"
 
 
 def at_least(ratio: float, limit: float) -> bool:

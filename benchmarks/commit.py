@@ -12,7 +12,7 @@ import time
 import torch
 
 import hotglm
-from benchmarks.bench import MIB, Bench, Row, Sample, alternate, at_least, at_most
+from benchmarks.bench import MIB, Bench, Row, Sample, alternate, at_least, at_most, describe_size
 from benchmarks.models import Stack, draw_state
 from benchmarks.worker import ask_once
 
@@ -24,15 +24,15 @@ _GROWTH = 1.5
 
 def measure(bench: Bench) -> list[Row]:
     """Return one row for each layout, and one for each growth."""
-    small = _run(bench, bench.size(16 * MIB), 100)
-    large = _run(bench, bench.nbytes, 100)
-    many = _run(bench, bench.nbytes, 1000)
+    tiny = bench.size(16 * MIB)
+    small, large, many = _run(bench, tiny, 100), _run(bench, bench.nbytes, 100), _run(bench, bench.nbytes, 1000)
+    little, size = describe_size(tiny), describe_size(bench.nbytes)
     return [
-        _compare("16 MiB in 100 tensors", *small, judged=False),
-        _compare("1 GiB in 100 tensors", *large, judged=True),
-        _compare("1 GiB in 1000 tensors", *many, judged=True),
-        _grow("1 GiB over 16 MiB, 100 tensors", large[0], small[0]),
-        _grow("1000 tensors over 100, 1 GiB", many[0], large[0]),
+        _compare(f"{little} in 100 tensors", *small, judged=False),
+        _compare(f"{size} in 100 tensors", *large, judged=True),
+        _compare(f"{size} in 1000 tensors", *many, judged=True),
+        _grow(f"{size} over {little}, 100 tensors", large[0], small[0]),
+        _grow(f"1000 tensors over 100, {size}", many[0], large[0]),
     ]
 
 

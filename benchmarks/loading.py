@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.bench import MIB, Bench, Row, Sample, alternate, at_least, at_most
+from benchmarks.bench import Bench, Row, Sample, alternate, at_least, at_most, describe_size
 from benchmarks.files import WeightsOnDisk, make_weights, warm_cache
 from benchmarks.worker import Worker
 
@@ -164,8 +164,8 @@ def _start_peer(weights: WeightsOnDisk, kind: str, *, drop_first: bool) -> Worke
 
 
 def _describe(weights: WeightsOnDisk) -> str:
-    each = weights.nbytes / weights.num_tensors / MIB
-    return f"1 GiB in {weights.num_tensors} tensors of {each:.0f} MiB"
+    each = describe_size(weights.nbytes // weights.num_tensors)
+    return f"{describe_size(weights.nbytes)} in {weights.num_tensors} tensors of {each}"
 
 
 class Stager:

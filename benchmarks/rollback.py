@@ -8,7 +8,7 @@ from dataclasses import asdict
 from safetensors.torch import load_file
 
 import hotglm
-from benchmarks.bench import Bench, Row, Sample, alternate, at_least
+from benchmarks.bench import Bench, Row, Sample, alternate, at_least, describe_size
 from benchmarks.files import make_weights, warm_cache
 from benchmarks.models import Stack
 from benchmarks.worker import ask_once
@@ -27,7 +27,7 @@ def measure(bench: Bench) -> list[Row]:
     return [
         Row(
             group="rollback",
-            name="rollback, 1 GiB",
+            name=f"rollback, {describe_size(bench.nbytes)}",
             hotglm=ours,
             peer=peer,
             peer_name="load_state_dict(load_file(previous))",

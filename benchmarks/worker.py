@@ -29,7 +29,7 @@ class WorkerError(Exception):
 class Worker:
     """A child process that holds one object of a class; `ask` calls its methods. A context manager that ends it."""
 
-    def __init__(self, kind: str, **arguments: Any) -> None:
+    def __init__(self, kind: str, /, **arguments: Any) -> None:
         """Start the child.
 
         Args:
@@ -45,7 +45,7 @@ class Worker:
             text=True,
         )
 
-    def ask(self, method: str, **arguments: Any) -> Any:
+    def ask(self, method: str, /, **arguments: Any) -> Any:
         """Call a method of the child's object and return its answer.
 
         Raises:
@@ -73,7 +73,7 @@ class Worker:
         self._process.communicate()
 
 
-def ask_once(kind: str, method: str, **arguments: Any) -> Any:
+def ask_once(kind: str, method: str, /, **arguments: Any) -> Any:
     """Call a method without arguments in a child that lives for that one call.
 
     Raises:

@@ -241,7 +241,9 @@ def test_an_arena_of_no_bytes_can_be_lent() -> None:
     assert arena.is_free
 
 
-@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), ValueError("x"), OverflowError(), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(12, "Cannot allocate memory"), ValueError("x"), OverflowError(), MemoryError()]
+)
 def test_memory_that_is_not_there_is_a_typed_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused mapping is a MemoryPlanError that says how much was wanted."""
 

@@ -50,6 +50,7 @@ def test_strides_views_and_gradients_do_not_matter() -> None:
     assert digest_tensor(torch.cat([dense, dense])[2:]) == wanted
     assert digest_tensor(dense.clone().requires_grad_()) == wanted
     assert digest_tensor(torch.ones(1, 1).expand(2, 3)) == digest_tensor(torch.ones(2, 3))
+    assert digest_tensor(torch.ones(4)[::2][:1]) == digest_tensor(torch.ones(1))
 
 
 def test_lazily_negated_and_conjugated_tensors_have_the_digest_of_their_values() -> None:

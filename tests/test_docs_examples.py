@@ -36,7 +36,8 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "example"}
     for line, code in find_blocks(page.read_text(encoding="utf-8")):
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)  # noqa: S102  # our own pages
+        compiled = compile("\n" * (line - 1) + code, str(page), "exec", dont_inherit=True)  # not this file's __future__
+        exec(compiled, namespace)  # noqa: S102  # our own pages
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -59,9 +59,7 @@ def test_a_tensor_of_its_own_is_aligned(extents: list[Extent], alignment: int) -
 
 
 @given(EXTENTS, ALIGNMENTS, st.sampled_from([2, 4, 8]))
-def test_overlapping_tensors_stay_as_aligned_as_they_were(
-    extents: list[Extent], alignment: int, itemsize: int
-) -> None:
+def test_overlapping_tensors_stay_as_aligned_as_they_were(extents: list[Extent], alignment: int, itemsize: int) -> None:
     """An address that was a multiple of the item size is one in the arena, in a span of several tensors too."""
     layout = plan_layout(extents, alignment=alignment)
     if alignment % itemsize == 0:

@@ -53,9 +53,7 @@ def _load(path: Path, spare: Spare, **options: Any) -> Loaded:
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype is not other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(
-        one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8)
-    )
+    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
 
 
 def _codes(error: HotglmError) -> list[tuple[str, str | None]]:
@@ -136,9 +134,7 @@ def test_any_strided_tensor_of_a_mapping_is_taken_by_value() -> None:
     }
     like = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in given.items()}
     spare = Spare(like, ties={"conjugated again": "conjugated"})
-    load_tensors(
-        given | {"conjugated again": given["conjugated"]}, spare.targets, options=LoadOptions(finite=True)
-    )
+    load_tensors(given | {"conjugated again": given["conjugated"]}, spare.targets, options=LoadOptions(finite=True))
     for name, tensor in given.items():
         assert torch.equal(spare[name], tensor), name
         assert not spare[name].requires_grad

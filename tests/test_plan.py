@@ -45,9 +45,7 @@ def _execute(tasks: Sequence[Sequence[Read]], files: list[bytes], arena: bytearr
 
 
 @given(_transfers(), CHUNKS, PIECES, st.integers(0, 1 << 16))
-def test_every_tensor_arrives_whole_once(
-    transfers: list[Transfer], chunk: int, pieces: int, seed: int
-) -> None:
+def test_every_tensor_arrives_whole_once(transfers: list[Transfer], chunk: int, pieces: int, seed: int) -> None:
     """In whatever order tasks run, each tensor's bytes end where they belong and it is reported complete once."""
     rng = random.Random(seed)
     files = [rng.randbytes(2000) for _ in range(3)]

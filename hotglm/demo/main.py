@@ -1,10 +1,10 @@
-"""`hotglm demo`: a live classifier of handwritten digits is updated under load, in three ways, and every answer is counted.
+"""`hotglm demo`: a live classifier of handwritten digits is updated under load in three ways; every answer is counted.
 
 Rules this module keeps:
 
 - The exit code is 0 only if every claim about hotglm came true in this very run; it is 1 if one did not.
-- Whatever is made is in one temporary folder, which is gone at the end; the page and the report stay where they were asked
-  for.
+- Whatever is made is in one temporary folder, which is gone at the end; the page and the report stay where they were
+  asked for.
 - One thread computes each pass, because several clients share the cores; the caller's setting is put back.
 """
 
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hotglm demo",
-        description="Update a live classifier of handwritten digits under load: with hotglm, with load_state_dict, and with "
-        "a restart. Every answer is checked against the exact outputs of both versions.",
+        description="Update a live classifier of handwritten digits under load: with hotglm, with load_state_dict, and "
+        "with a restart. Every answer is checked against the exact outputs of both versions.",
         epilog="Exit code: 0 if every claim about hotglm came true, 1 if one did not, 2 on an error.",
     )
     parser.add_argument("--quick", action="store_true", help="a short form, under 12 s")

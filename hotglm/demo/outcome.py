@@ -157,7 +157,7 @@ def _overwrite_with(release: BadRelease, exam: Exam, live: Path) -> str:
         return f"no error, goes live; {_describe_quality(model, exam)}"
     if not changed:
         return f"{raised}, model unchanged"
-    return f"{raised}, but only after {changed} of {len(before)} tensors were overwritten; {_describe_quality(model, exam)}"
+    return f"{raised}, with {changed} of {len(before)} tensors overwritten; {_describe_quality(model, exam)}"
 
 
 def _describe_quality(model: torch.nn.Module, exam: Exam) -> str:
@@ -167,4 +167,4 @@ def _describe_quality(model: torch.nn.Module, exam: Exam) -> str:
         return f"{logits.isnan().any(1).float().mean().item():.0%} of the answers are NaN"
     right = (logits.argmax(1) == torch.cat(list(exam.answers))).float().mean().item()
     exact = torch.equal(logits, torch.cat(list(exam.logits[NEW])))
-    return f"{right:.1%} right" + ("" if exact else f", outputs are not those of {NEW}")
+    return f"{right:.1%} right" + ("" if exact else f", not the outputs of {NEW}")

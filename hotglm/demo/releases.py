@@ -25,8 +25,8 @@ OLD, NEW = "1.0.0", "1.1.0"
 
 # The same architecture both times. The first version saw 60 digits and was stopped early; the second saw all of them.
 _TRAINING = {
-    OLD: {"num_images": 60, "num_steps": 40, "learning_rate": 0.05},
-    NEW: {"num_images": 100_000, "num_steps": 300, "learning_rate": 0.1},
+    OLD: {"num_images": 60, "num_steps": 35, "learning_rate": 0.05},
+    NEW: {"num_images": 100_000, "num_steps": 220, "learning_rate": 0.1},
 }
 
 
@@ -66,7 +66,7 @@ def load_model(path: Path) -> Digits:
     """Return a classifier of its own with the weights of a release, loaded cold and without hotglm."""
     model = Digits()
     model.load_state_dict(load_file(path))
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def make_bad_releases(good: Release, folder: Path) -> tuple[BadRelease, ...]:

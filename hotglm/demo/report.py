@@ -1,6 +1,6 @@
 """Everything a demo found out, and its form for programs.
 
-Rules this module keeps: the report is what the page and the JSON are made from; its `schema` changes when its meaning does.
+Rules this module keeps: the page and the JSON are made from the report alone; `schema` changes when its meaning does.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Schedule:
         look_s: traffic after a change that is looked at.
         refusal_s: traffic after each refusal.
         repeat_s: traffic after each repeated update.
-        num_repeats: updates beyond the first two, there and back again; even, so that the first version serves at the end.
+        num_repeats: updates beyond the first two, there and back again; an even number.
         expected_s: what the whole demo should take, for the progress bar.
     """
 
@@ -54,7 +54,7 @@ class Schedule:
     expected_s: float
 
 
-FULL = Schedule(steady_s=1.2, look_s=0.7, refusal_s=0.3, repeat_s=0.06, num_repeats=22, expected_s=20.0)
+FULL = Schedule(steady_s=1.0, look_s=0.6, refusal_s=0.25, repeat_s=0.06, num_repeats=22, expected_s=20.0)
 QUICK = Schedule(steady_s=0.4, look_s=0.25, refusal_s=0.05, repeat_s=0.03, num_repeats=10, expected_s=9.0)
 
 
@@ -72,9 +72,10 @@ class Material:
 class _Recorder:
     """Does things to a service, notes when and what, and tells it at once."""
 
-    def __init__(self, console: Console, began_s: float) -> None:
+    def __init__(self, console: Console, began_s: float, folder: Path) -> None:
         self.moments: list[Moment] = []
         self._console = console
+        self._folder = folder
         self._began_s = began_s
 
     def note(
@@ -95,7 +96,7 @@ class _Recorder:
             began_s=began_s,
             ended_s=time.perf_counter(),
             serving=serving,
-            text=_explain(returned),
+            text=_explain(returned).replace(f"{self._folder}/", ""),
             code=read_code(act),
             is_repeat=is_repeat,
         )
@@ -119,7 +120,7 @@ def run_slot(material: Material, schedule: Schedule, console: Console) -> SlotRu
     before = _ask_all(slot, exam)
     gc.collect()
     with Traffic(slot, exam) as traffic:
-        recorder = _Recorder(console, traffic.began_s)
+        recorder = _Recorder(console, traffic.began_s, material.folder)
         console.wait(schedule.steady_s)
         recorder.note(Kind.UPDATE, f"{NEW} goes live", NEW, swap, slot, material.new.path)
         console.wait(schedule.look_s)
@@ -143,7 +144,7 @@ def run_overwrite(material: Material, schedule: Schedule, console: Console) -> R
     model = load_model(material.old.path)
     gc.collect()
     with Traffic(model, material.exam) as traffic:
-        recorder = _Recorder(console, traffic.began_s)
+        recorder = _Recorder(console, traffic.began_s, material.folder)
         console.wait(schedule.steady_s)
         for release in (material.new, material.old):
             title = f"{release.version} is written into the live model"
@@ -159,7 +160,7 @@ def run_restart(material: Material, schedule: Schedule, console: Console) -> Run
         service.start(material.old.path)
         gc.collect()
         with Traffic(service.ask, material.exam) as traffic:
-            recorder = _Recorder(console, traffic.began_s)
+            recorder = _Recorder(console, traffic.began_s, material.folder)
             console.wait(schedule.steady_s)
             recorder.note(Kind.UPDATE, f"restart with {NEW}", NEW, restart, service, material.new.path)
             console.wait(schedule.look_s)

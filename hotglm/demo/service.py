@@ -2,9 +2,9 @@
 
 Rules this module keeps:
 
-- The server is what a restart deserves: it imports torch and the model and nothing of the demo beside, loads the weights,
-  says that it is ready, and ends when it is told to, after the requests in flight.
-- A client connects for each request, as a load balancer's health probe does; there is no retry that would hide a failure.
+- The server is what a restart deserves: it imports torch and the model and nothing of the demo beside, loads the
+  weights, says that it is ready, and ends when it is told to, after the requests in flight.
+- A client connects for each request, as a load balancer's health probe does; no retry hides a failure.
 - The socket is a file in the demo's own folder; nothing leaves the machine, and nothing outlives `Service`.
 """
 
@@ -19,6 +19,7 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 from safetensors.torch import load_file
@@ -52,7 +53,9 @@ class Service:
             ServiceError: it ended before it was ready.
         """
         command = [sys.executable, "-m", __name__, str(release), self._address]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_make_environment())
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_make_environment()
+        )
         output = self._process.stdout
         line = output.readline() if output else ""
         if line.strip() != "ready":
@@ -70,8 +73,9 @@ class Service:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stdout:
-            process.stdout.close()
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                pipe.close()
 
     def ask(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits of a sheet, from whichever process answers; callable from any thread.
@@ -86,7 +90,7 @@ class Service:
             content = _receive(connection, _LOGITS_NBYTES)
         return torch.frombuffer(content, dtype=torch.float32).view(-1, NUM_CLASSES)
 
-    def __enter__(self) -> Service:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 
@@ -120,7 +124,7 @@ def _receive(connection: socket.socket, nbytes: int) -> bytearray:
 class _Handler(socketserver.BaseRequestHandler):
     """Answers one request."""
 
-    server: _Server
+    server: _Server  # type: ignore[mutable-override]  # narrowed, as socketserver means it to be
 
     def handle(self) -> None:
         """Read a sheet, classify it, write the logits."""
@@ -149,11 +153,18 @@ def _serve(release: str, address: str) -> None:
     model = Digits()
     model.load_state_dict(load_file(release))
     Path(address).unlink(missing_ok=True)
-    with _Server(address, model.eval().requires_grad_(False)) as server:
+    with _Server(address, model.eval().requires_grad_(requires_grad=False)) as server:
         # From another thread, because `shutdown` waits for `serve_forever`, which runs in the one that gets the signal.
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+        threading.Thread(target=_stop_with_parent, args=(server,), daemon=True).start()
         print("ready", flush=True)
         server.serve_forever(poll_interval=0.01)
+
+
+def _stop_with_parent(server: _Server) -> None:
+    """Wait for the end of standard input, which the parent holds open for as long as it lives, and stop."""
+    os.read(0, 1)  # not `sys.stdin`, whose lock must not be held when the interpreter ends
+    server.shutdown()
 
 
 if __name__ == "__main__":

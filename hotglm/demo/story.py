@@ -11,17 +11,24 @@ from collections.abc import Iterator, Sequence
 from hotglm.demo.outcome import Check, Side
 from hotglm.demo.tally import Moment, Tally
 
-__all__ = ["DEFINITIONS", "HEADINGS", "describe_checks", "describe_moment", "describe_sides", "describe_table", "format_ms", "row_of"]
+__all__ = [
+    "DEFINITIONS",
+    "HEADINGS",
+    "describe_checks",
+    "describe_moment",
+    "describe_sides",
+    "describe_table",
+    "format_ms",
+    "row_of",
+]
 
 HEADINGS = ("", "changes", "requests", "failed", "torn", "median", "worst latency", "time without answers")
 
 DEFINITIONS = (
-    "changes: updates and rollbacks while clients asked. A client asks about a sheet of 16 digits, waits for the answer, "
-    "pauses, and asks again.",
+    "changes: updates and rollbacks while clients asked. Each asks about 16 digits, waits, pauses, and asks again.",
     "failed: requests without an answer. torn: answers that are, bit for bit, of neither version alone.",
     "median: latency before the first update. worst latency: of any answered request of the run.",
-    "time without answers: the longest time between two successive answers of the service, whichever client got them, less "
-    "the longest such time before the first update.",
+    "time without answers: longest time between two successive answers to any client, less that before any update.",
 )
 
 _INDENT = " " * 9
@@ -33,8 +40,8 @@ def describe_moment(moment: Moment, *, began_s: float, with_code: bool) -> str:
     """Return what happened, the first lines of what came back, and the lines that did it."""
     took = f"{1e3 * (moment.ended_s - moment.began_s):.1f} ms"
     lines = [f"{moment.began_s - began_s:6.2f} s {moment.title} ({took})"]
-    shown = moment.text.splitlines()[:_NUM_LINES]
-    lines += [_INDENT + textwrap.shorten(line.strip(), _WIDTH - len(_INDENT), placeholder=" ...") for line in shown]
+    for line in moment.text.splitlines()[:_NUM_LINES]:
+        lines += textwrap.wrap(line.strip(), _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT + "  ")
     if with_code:
         lines += [f"{_INDENT}  | {line}" for line in moment.code.splitlines()]
     return "\n".join(lines).encode("ascii", "backslashreplace").decode()
@@ -74,7 +81,9 @@ def describe_table(tallies: Sequence[Tally]) -> str:
 
 
 def _align(row: Sequence[str], widths: Sequence[int]) -> str:
-    first, *numbers = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    first, *numbers = (
+        cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    )
     return "  ".join([first, *numbers])
 
 

@@ -4,22 +4,22 @@ Rules this module keeps:
 
 - Pure: records in, numbers out. Every request is in exactly one of answered, torn and failed.
 - Steady is the time from the first request to the first update of the same run.
-- Time without answers is the longest time between two successive answers of the service, whichever client got them (from
-  the start and to the end of the traffic included), less the longest such time while the run was steady.
+- Time without answers is the longest time between two successive answers of the service, whichever client got them
+  (from the start and to the end of the traffic included), less the longest such time while the run was steady.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from hotglm.demo.traffic import TORN, Answer
 from hotglm.demo.training import SHEET_SIZE
 
-__all__ = ["Kind", "Moment", "Run", "Tally", "measure_accuracy", "tally"]
+__all__ = ["Kind", "Moment", "Run", "Tally", "find_gaps", "measure_accuracy", "tally"]
 
 
 class Kind(Enum):
@@ -128,8 +128,14 @@ def _longest_gap(times_s: Sequence[float]) -> float:
     return max((later - earlier for earlier, later in itertools.pairwise(sorted(times_s))), default=0.0)
 
 
+def find_gaps(run: Run, *, longer_than_s: float) -> Iterator[tuple[float, float]]:
+    """Yield the times between two successive answers that are longer than that, the edges of the traffic included."""
+    times_s = [run.began_s, *(a.ended_s for a in run.answers if a.version is not None), run.ended_s]
+    yield from (pair for pair in itertools.pairwise(sorted(times_s)) if pair[1] - pair[0] > longer_than_s)
+
+
 def _is_stale(answer: Answer, changes: Sequence[Moment]) -> bool:
-    """Tell whether an answer is of a version that had gone before the question, or had not come yet after the answer."""
+    """Tell whether an answer is of a version that was live at no time between the question and the answer."""
     before = [change for change in changes if change.ended_s <= answer.began_s]
     during = [change for change in changes if change.ended_s > answer.began_s and change.began_s < answer.ended_s]
     if answer.version == TORN or not before:

@@ -3,8 +3,8 @@
 Rules this module keeps:
 
 - Every request leaves one record, whatever became of it.
-- An answer is compared bit for bit with what each version, loaded cold and alone, says about the same sheet. One that is of
-  no version is torn: it saw weights of both.
+- An answer is compared bit for bit with what each version, loaded cold and alone, says about the same sheet. One that
+  is of no version is torn: it saw weights of both.
 - Judging happens between two requests of a client, so it is in nobody's latency.
 """
 
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -113,7 +114,7 @@ class Traffic:
         """All records so far, in the order in which they ended."""
         return tuple(sorted(itertools.chain(*self._logs), key=lambda answer: answer.ended_s))
 
-    def __enter__(self) -> Traffic:
+    def __enter__(self) -> Self:
         """Start the clients."""
         self.began_s = time.perf_counter()
         for thread in self._threads:
@@ -145,9 +146,7 @@ class Traffic:
             logits = self._ask(images)
         except Exception as error:  # noqa: BLE001  # whatever the service raises, the request has failed
             ended_s = time.perf_counter()
-            return Answer(
-                client=client, began_s=began_s, ended_s=ended_s, version=None, failure=type(error).__name__
-            )
+            return Answer(client=client, began_s=began_s, ended_s=ended_s, version=None, failure=type(error).__name__)
         ended_s = time.perf_counter()
         version = find_version(logits, {name: exact[sheet] for name, exact in self._exam.logits.items()})
         num_right = int((logits.argmax(1) == self._exam.answers[sheet]).sum())

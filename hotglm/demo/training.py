@@ -61,8 +61,8 @@ def load_data() -> Data:
     return Data(
         images=images[num_held_out:],
         labels=labels[num_held_out:],
-        sheets=tuple(sheet.clone() for sheet in images[:num_held_out].split(SHEET_SIZE)),
-        answers=tuple(labels[:num_held_out].split(SHEET_SIZE)),
+        sheets=tuple(sheet.clone() for sheet in torch.split(images[:num_held_out], SHEET_SIZE)),
+        answers=tuple(torch.split(labels[:num_held_out], SHEET_SIZE)),
     )
 
 
@@ -86,7 +86,7 @@ def train(data: Data, *, num_images: int, num_steps: int, learning_rate: float) 
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         optimizer.step()
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def _draw_batches(num_images: int, num_steps: int) -> Iterator[torch.Tensor]:

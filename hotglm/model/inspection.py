@@ -138,6 +138,9 @@ def verify_holdable(module: nn.Module) -> None:
 
 
 def _find_unsupported_modules(root: nn.Module) -> Iterator[Problem]:
+    for slot in _find_slots(root):
+        where = shorten_repr(slot)
+        yield Problem(code="NESTED_SLOT", message=f"Expected no slot inside a slot's module, got one at {where}")
     for path, module in root.named_modules():
         where = shorten_repr(path or type(root).__name__)
         if isinstance(module, torch.jit.ScriptModule):
@@ -145,13 +148,21 @@ def _find_unsupported_modules(root: nn.Module) -> Iterator[Problem]:
                 code="CANNOT_SWAP_COMPILED",
                 message=f"Expected an eager module at {where}, got TorchScript, whose tensors are fixed",
             )
-        elif hasattr(module, "__hotglm_slot__"):
-            yield Problem(code="NESTED_SLOT", message=f"Expected no slot inside a slot's module, got one at {where}")
         elif type(module).get_extra_state is not nn.Module.get_extra_state:
             yield Problem(
                 code="EXTRA_STATE",
                 message=f"Expected state in tensors only, got get_extra_state() at {where}",
             )
+
+
+def _find_slots(root: nn.Module) -> Iterator[str]:
+    if hasattr(root, "__hotglm_slot__"):
+        yield "the module itself"
+        return
+    for path, module in root.named_modules():  # a slot among them answers with its modules and leaves itself out
+        for name, part in module._modules.items():
+            if hasattr(part, "__hotglm_slot__"):
+                yield f"{path}.{name}" if path else name
 
 
 def _find_unsupported_tensors(root: nn.Module) -> Iterator[Problem]:

@@ -20,10 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hotglm.errors import Problem, TensorValueError
 from hotglm.model.inspection import find_state
 from hotglm.model.registry import find_definition
 from hotglm.version import Version
 from hotglm.weights.digest import digest_tensor
+from hotglm.weights.dtypes import LOADABLE_DTYPES
 
 __all__ = ["save_weights"]
 
@@ -51,10 +53,12 @@ def save_weights(
 
     Raises:
         VersionSyntaxError: `version` does not parse.
+        TensorValueError: tensors of dtypes that safetensors lacks, all named.
         OSError: the file cannot be written.
     """
     definition = find_definition(type(source)) if isinstance(source, nn.Module) else None
     tensors = _collect(source)
+    _verify_dtypes(tensors)
     digests = {key: digest_tensor(tensor) for key, tensor in tensors.items()}
     chosen = version if version is not None else definition.version if definition else None
     metadata = {
@@ -81,8 +85,31 @@ def _collect(source: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.
         )
         if identity not in seen:
             seen.add(identity)
-            tensors[name] = tensor.detach().contiguous()
+            tensors[name] = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return _separate(tensors)
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy what shares a storage with an earlier tensor: the format has no overlaps."""
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in storages and tensor.numel():
+            tensors[name] = tensor.clone()
+        storages.add(storage)
     return tensors
+
+
+def _verify_dtypes(tensors: Mapping[str, torch.Tensor]) -> None:
+    problems = [
+        Problem(code="UNSUPPORTED_DTYPE", message=f"Expected a dtype of safetensors, got {tensor.dtype}", tensor=name)
+        for name, tensor in tensors.items()
+        if tensor.dtype not in LOADABLE_DTYPES
+    ]
+    if problems:
+        raise TensorValueError(
+            "Expected tensors that a file can hold.", problems=problems, remedy="convert the named tensors first."
+        )
 
 
 def _write(tensors: Mapping[str, torch.Tensor], path: str, metadata: Mapping[str, str]) -> None:

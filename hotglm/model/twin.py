@@ -21,7 +21,6 @@ same view of the spare. Any other is cloned if it may be carried over (`model/de
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import types
 import weakref
@@ -36,16 +35,27 @@ from torch.overrides import TorchFunctionMode
 from hotglm.errors import Problem, StaleStateError, UncopyableError, shorten_repr
 from hotglm.model.derived import may_carry_over
 from hotglm.model.inspection import StateEntry, find_state
-from hotglm.model.references import copies_itself, find_captured, iterate_items, reaches
+from hotglm.model.references import (
+    copies_itself,
+    find_captured,
+    has_plain_state,
+    is_array,
+    is_inert,
+    iterate_items,
+    name_tensor,
+    reaches,
+    why_uncopyable,
+)
 from hotglm.weights.arena import ALIGNMENT, Lease
 from hotglm.weights.layout import Extent, Layout, plan_layout
-from hotglm.weights.workers import yield_gil
+from hotglm.weights.workers import yield_gil, yield_gil_when_due
 
 __all__ = ["Twin", "copy_module", "lay_out", "rebind"]
 
 _NUM_ATTEMPTS = 5
 """How often a copy is tried when the serving module changes a container under the copier."""
 
+_GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor of C
 _SHAREABLE_FAILURES = (TypeError, NotImplementedError, RecursionError)
 
 
@@ -180,13 +190,13 @@ class _Copier(TorchFunctionMode):
             modules = list(self._root.named_modules())
             self._tree = {id(module): path for path, module in modules}
             for _, module in modules:
-                if _has_plain_state(type(module)):  # empty for now, so that children can refer to their parents
+                if has_plain_state(type(module)):  # empty for now, so that children can refer to their parents
                     self._remember(module, module.__new__(type(module)))
             self._map_weakrefs()
             with self:
                 for path, module in reversed(modules):  # children come after parents in named_modules
                     self._copy_one(path, module)
-                    yield_gil()
+                    yield_gil_when_due()
             self._findings.raise_if_any()
             twin = self._memo[id(self._root)]
             return Twin(module=twin, views=self._views, carried=tuple(self._findings.carried))
@@ -210,6 +220,8 @@ class _Copier(TorchFunctionMode):
         else:
             view.requires_grad_(source.requires_grad)
         self._remember(source, view)
+        if source._backward_hooks or getattr(source, "_post_accumulate_grad_hooks", None):
+            self._refuse("", entry.name, "it has hooks of its own (register_hook), which torch does not copy")
         for name, value in list(vars(source).items()) if hasattr(source, "__dict__") else ():
             setattr(view, name, value)
         return view
@@ -228,7 +240,7 @@ class _Copier(TorchFunctionMode):
 
     def _copy_one(self, path: str, module: nn.Module) -> None:
         twin = self._memo.get(id(module))
-        if twin is not None and not _has_plain_state(type(module)):  # copied already, by way of another attribute
+        if twin is not None and not has_plain_state(type(module)):  # copied already, by way of another attribute
             return
         self._where = (path, module)
         snapshot = dict(vars(module))
@@ -249,32 +261,52 @@ class _Copier(TorchFunctionMode):
             self._remember(module, module)
 
     def _copy_attribute(self, path: str, name: str, value: object) -> object:
-        if inspect.isfunction(value):
-            self._judge_function(path, name, value)
         try:
-            return copy.deepcopy(value, self._memo)
+            return self._copy_inert(value) if is_inert(value) else copy.deepcopy(value, self._memo)
         except _SHAREABLE_FAILURES as failure:
             # Locks, clients, loggers, handles: nothing about them depends on the weights, so both generations share
-            # them, unless they lead back into the module.
+            # them, unless they lead back into the module or to tensors that may have been computed from it.
             if self._leads_inside(value):
                 self._refuse(path, name, f"it cannot be copied ({failure}) and leads back into the module")
+            reaches(value, self._judge_shared)
             return value
 
+    def _copy_inert(self, value: object) -> object:
+        """Copy as `deepcopy` does, without its machinery: a module has some 15 empty hook dictionaries and numbers."""
+        if not isinstance(value, (dict, list, set)):
+            return value
+        if id(value) not in self._memo:
+            self._remember(value, type(value)())
+        return self._memo[id(value)]
+
+    def _judge_shared(self, value: object) -> bool:
+        if isinstance(value, torch.Tensor) and not self._is_inside(value):
+            self._copy_tensor(value, self._memo)
+        return False
+
     def _map_references(self, path: str, attributes: Mapping[str, object]) -> None:
-        """Enter into the memo what `deepcopy` would treat wrongly: weak references, hooks, partials, foreign owners."""
+        """Enter into the memo what `deepcopy` would treat wrongly, or not see: hooks, generators, foreign owners."""
         for name, value in attributes.items():
+            if is_inert(value) or name in ("_parameters", "_buffers"):  # registered state is in the memo already
+                continue
             is_hooks = name.endswith("_hooks") and isinstance(value, dict)
             for item in iterate_items(value):
                 if inspect.isfunction(item):
-                    self._judge_function(path, name, item)
-                elif isinstance(item, types.MethodType) and id(item.__self__) not in self._tree:
-                    self._remember(item, item)  # a method of somebody else's object stays that object's
-                elif isinstance(item, nn.Parameter) and id(item) not in self._memo:
-                    self._copy_tensor(item, self._memo)  # Parameter.__deepcopy__ asks no function mode
-                elif isinstance(item, functools._lru_cache_wrapper) and self._leads_inside(item):
-                    self._refuse(path, name, "its cache is bound to this module and would be shared by all versions")
-                elif is_hooks and item is not value and not copies_itself(item) and not self._leads_inside(item):
-                    self._remember(item, item)  # a hook with state of its own goes on with that state
+                    self._judge_function(path, name, item, is_hook=is_hooks)
+                elif why := why_uncopyable(item, self._is_inside):
+                    self._refuse(path, name, why)
+                elif is_array(item):
+                    self._judge_array(path, name, torch.from_numpy(item))
+                elif self._is_shared(item) or (is_hooks and item is not value and self._is_stateful_hook(item)):
+                    self._remember(item, item)
+
+    def _is_shared(self, item: object) -> bool:
+        if isinstance(item, types.MethodType):
+            return id(item.__self__) not in self._tree  # a method of somebody else's object stays that object's
+        return isinstance(item, torch.Generator)  # a stream of random numbers goes on
+
+    def _is_stateful_hook(self, item: object) -> bool:
+        return not copies_itself(item) and not self._leads_inside(item)  # it goes on with the state it has
 
     def _leads_inside(self, value: object) -> bool:
         return reaches(value, self._is_inside)
@@ -287,12 +319,20 @@ class _Copier(TorchFunctionMode):
                 is_proxy = isinstance(reference, weakref.ProxyTypes)
                 self._remember(reference, weakref.proxy(twin) if is_proxy else weakref.ref(twin))
 
-    def _judge_function(self, path: str, name: str, function: Callable[..., object]) -> None:
+    def _judge_array(self, path: str, name: str, array: torch.Tensor) -> None:
+        if self._find_overlap(array) is not None:
+            self._refuse(path, name, "it is a numpy array over a weight, and arrays do not follow into a copy")
+        else:
+            self._judge(f"{path}.{name}" if path else name, array, owner=self._where[1])
+
+    def _judge_function(self, path: str, name: str, function: Callable[..., object], *, is_hook: bool) -> None:
         for captured in find_captured(function):
             if self._leads_inside(captured):
                 label = getattr(function, "__qualname__", repr(function))
                 self._refuse(path, name, f"the function {label} has captured a part of the module it is attached to")
                 return
+            if not is_hook:  # a hook may keep statistics; what else a function brings along is taken for a cache
+                reaches(captured, self._judge_shared)
 
     def _is_inside(self, value: object) -> bool:
         if isinstance(value, nn.Module):
@@ -314,6 +354,8 @@ class _Copier(TorchFunctionMode):
     ) -> Any:
         if func is torch.Tensor.__deepcopy__:
             return self._copy_tensor(args[0], args[1])
+        if func == _GET_DATA and id(args[0]) not in self._memo and isinstance(args[0], nn.Parameter):
+            self._copy_tensor(args[0], self._memo)  # Parameter.__deepcopy__ asks no function mode
         return func(*args, **(kwargs or {}))
 
     def _copy_tensor(self, tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
@@ -325,7 +367,7 @@ class _Copier(TorchFunctionMode):
             result = self._view(offset, tensor)
         else:
             path, owner = self._where
-            self._judge(_name_tensor(path, owner, tensor), tensor, owner=owner)
+            self._judge(name_tensor(path, owner, tensor), tensor, owner=owner)
             result = tensor.detach().clone() if self._lease is not None else tensor
         self._remember(tensor, result)
         return result
@@ -350,25 +392,3 @@ class _Copier(TorchFunctionMode):
                 tensor=name,
             )
         )
-
-
-def _has_plain_state(cls: type[nn.Module]) -> bool:
-    """Whether an instance of `cls` is its `__dict__` and nothing else, to be copied attribute by attribute."""
-    plain = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__slots__")
-    for base in cls.__mro__:
-        if base is nn.Module:
-            return True
-        if any(name in vars(base) for name in plain):
-            return False
-    return False
-
-
-def _name_tensor(path: str, owner: nn.Module, tensor: torch.Tensor) -> str:
-    prefix = f"{path}." if path else ""
-    for name, value in list(vars(owner).items()):
-        if value is tensor:
-            return prefix + name
-    for name, value in list(vars(owner).items()):
-        if name not in ("_modules", "_parameters", "_buffers") and reaches(value, lambda item: item is tensor):
-            return f"{prefix}{name}"
-    return f"{prefix}<inside {type(owner).__name__}>"

@@ -12,6 +12,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,8 +196,19 @@ def _find_differences(expected: Any, found: Any, golden: Golden, where: str = ""
             return
         for index, (one, other) in enumerate(zip(expected, found, strict=True)):
             yield from _find_differences(one, other, golden, f"{where}[{index}]")
-    elif expected != found:
+    elif dataclasses.is_dataclass(expected) and type(found) is type(expected):
+        for field_ in dataclasses.fields(expected):
+            one, other = getattr(expected, field_.name), getattr(found, field_.name)
+            yield from _find_differences(one, other, golden, f"{where}.{field_.name}")
+    elif not _is_equal(expected, found):
         yield where, f"expected {shorten_repr(expected)}, got {shorten_repr(found)}"
+
+
+def _is_equal(expected: object, found: object) -> bool:
+    try:
+        return bool(expected == found)
+    except Exception:  # noqa: BLE001 - the model's own types may raise anything; what cannot be compared is not equal
+        return False
 
 
 def _describe_difference(expected: torch.Tensor, found: object, golden: Golden) -> str | None:

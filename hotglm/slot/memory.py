@@ -21,7 +21,11 @@ from dataclasses import dataclass
 from hotglm.errors import ArgumentError, MemoryPlanError
 from hotglm.weights.arena import Arena
 
-__all__ = ["ArenaPool", "MemoryPlan", "MemoryPolicy", "read_available_nbytes"]
+__all__ = ["RESERVE_NBYTES", "ArenaPool", "MemoryPlan", "MemoryPolicy", "read_available_nbytes", "verify_room"]
+
+
+RESERVE_NBYTES = 64 << 20
+"""What a plan leaves to everybody else: the passes that run, and the stacks and small objects of the stage's threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,10 +154,26 @@ def verify_fits(nbytes: int, *, pool_nbytes: int, policy: MemoryPolicy, availabl
             f"Expected at most {limit} bytes in all arenas, got {pool_nbytes} and {nbytes} more.{holders}",
             remedy="let go of what holds old generations, or raise MemoryPolicy.limit_nbytes.",
         )
-    if nbytes > available_nbytes:
+    if nbytes + RESERVE_NBYTES > available_nbytes:
         raise MemoryPlanError(
-            f"Expected {nbytes} bytes of memory for the spare, got {available_nbytes} available.{holders}",
+            f"Expected {nbytes} bytes of memory for the spare and {RESERVE_NBYTES} left for the service, "
+            f"got {available_nbytes} available.{holders}",
             remedy="free memory, raise the container's or process's limit, or let go of old generations.",
+        )
+
+
+def verify_room() -> None:
+    """Return when this process may still take what the threads of a stage need beside the spare.
+
+    Not only for the stage's own sake: where no thread-local data can be had, the C library ends the process.
+
+    Raises:
+        MemoryPlanError: it may not.
+    """
+    if (available := _read_process()) < RESERVE_NBYTES:
+        raise MemoryPlanError(
+            f"Expected {RESERVE_NBYTES} bytes of address space for a stage to run in, got {available}.",
+            remedy="raise the process's limit (RLIMIT_AS).",
         )
 
 
@@ -174,7 +194,11 @@ def _read_machine() -> int:
 
 def _read_container() -> int:
     limit, used = _read_text("/sys/fs/cgroup/memory.max").strip(), _read_text("/sys/fs/cgroup/memory.current").strip()
-    return int(limit) - int(used) if limit.isdigit() and used.isdigit() else _UNKNOWN
+    if not limit.isdigit() or not used.isdigit():
+        return _UNKNOWN
+    statistics = dict(line.split()[:2] for line in _read_text("/sys/fs/cgroup/memory.stat").splitlines())
+    # Pages of files that nobody has used of late count as used, and are given back as soon as anybody asks.
+    return int(limit) - int(used) + int(statistics.get("inactive_file", 0))
 
 
 def _read_process() -> int:

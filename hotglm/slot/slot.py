@@ -287,8 +287,13 @@ class ModuleSlot(ModuleFacade):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle the live module and the slot's settings; history, subscribers and held generations stay behind."""
-        return (_rebuild, (self.live.module, self._options()))
+        """Pickle a copy of the live module and the slot's settings; history, subscribers, held generations stay behind.
+
+        A copy, because `multiprocessing` moves the tensors that it is given into memory shared with the other process
+        (P5; `tests/test_fork.py`).
+        """
+        with self.acquire() as generation:
+            return (_rebuild, (copy.deepcopy(generation.module), self._options()))
 
 
 def _rebuild(module: nn.Module, options: dict[str, Any]) -> ModuleSlot:

@@ -31,6 +31,7 @@ from hotglm.errors import (
     StageTimeoutError,
     SupersededError,
 )
+from hotglm.slot.memory import verify_room
 from hotglm.slot.receipt import Progress
 from hotglm.slot.spare import Spares
 from hotglm.slot.staged import Staged, StageRecord
@@ -105,6 +106,7 @@ class Stager:
         Raises:
             HotglmError: the stage failed; whatever it was, it is typed.
         """
+        verify_room()
         outcomes: queue.SimpleQueue[Progress | Staged | BaseException] = queue.SimpleQueue()
         # A partial and no closure: `clear_frames` cannot reach what the function of a frame has captured.
         work = functools.partial(self._work, replace(request, report=outcomes.put), record, outcomes)
@@ -126,9 +128,9 @@ class Stager:
         record: StageRecord,
         outcomes: queue.SimpleQueue[Progress | Staged | BaseException],
     ) -> None:
-        self._threads.add(threading.get_ident())
-        lower_priority(request.policy.nice)
         try:
+            self._threads.add(threading.get_ident())
+            lower_priority(request.policy.nice)
             outcomes.put(stage_version(request, self._spares, record))
         except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
             outcomes.put(failure)

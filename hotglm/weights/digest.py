@@ -31,7 +31,8 @@ def format_digest(hexadecimal: str) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes of `tensor` in row-major order as a flat uint8 tensor; a view where it is contiguous."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # one element is contiguous whatever its stride says
 
 
 def digest_tensor(tensor: torch.Tensor) -> str:

@@ -85,7 +85,7 @@ def plan_layout(extents: Iterable[Extent], *, alignment: int) -> Layout:
         if span is None:
             start = cluster[0].address
             nbytes = max(member.address + member.nbytes for member in cluster) - start
-            # Members that begin later keep their distance, so the span keeps its phase: what was aligned there stays so.
+            # Members that begin later keep their distance, so the span keeps its phase: what was aligned stays so.
             phase = start % alignment if any(member.address != start for member in cluster) else 0
             span = spans[id(cluster)] = Span(address=start, nbytes=nbytes, offset=end + phase)
             end += -(-(phase + nbytes) // alignment) * alignment

@@ -6,8 +6,8 @@ Rules this module keeps:
 - The first failure stops the others at their next task; it is the one that is raised.
 - A worker lowers its own priority, never anybody else's. Threads that torch starts for it inherit that.
 - Python code in a worker runs in short pieces between calls that release the GIL. Where a stretch of plain Python
-  cannot be avoided, `yield_gil` cuts it: a thread that computes in Python holds the GIL for a whole switch interval
-  (5 ms), and the service's pass would wait that long at every torch call.
+  cannot be avoided, `yield_gil_when_due` cuts it: a thread that computes in Python holds the GIL for a whole switch
+  interval (5 ms), and the service's pass would wait that long at every torch call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from collections.abc import Callable, Iterable
 from hotglm import seam
 from hotglm.errors import ThreadStartError
 
-__all__ = ["Cancellation", "count_cores", "lower_priority", "run_tasks", "start_thread", "yield_gil"]
+__all__ = [
+    "Cancellation",
+    "count_cores",
+    "lower_priority",
+    "run_tasks",
+    "start_thread",
+    "yield_gil",
+    "yield_gil_when_due",
+]
 
 
 class Cancellation:
@@ -59,7 +67,20 @@ def count_cores() -> int:
 
 def yield_gil() -> None:
     """Let a waiting thread have the GIL now."""
+    # Not `sched_yield` or an empty `poll`: those give the GIL back before a waiting thread has woken up, which then
+    # waits for another switch interval. `sleep(0)` lasts as long as the kernel's timer slack, some 50 us.
     time.sleep(0)
+
+
+_QUANTUM_S = 0.0005
+_latest = threading.local()
+
+
+def yield_gil_when_due() -> None:
+    """Let a waiting thread have the GIL if this one may have held it for half a millisecond; cheap to call often."""
+    if time.perf_counter() - getattr(_latest, "yielded_s", 0.0) >= _QUANTUM_S:
+        yield_gil()
+        _latest.yielded_s = time.perf_counter()
 
 
 def lower_priority(nice: int) -> None:
@@ -82,7 +103,7 @@ def start_thread(target: Callable[[], None], *, name: str) -> threading.Thread:
     thread = threading.Thread(target=target, name=name, daemon=True)
     try:
         seam.active.start_thread(thread)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         raise ThreadStartError(
             f"Expected to start thread {name!r}, got {error}.",
             remedy="raise the limit on threads (RLIMIT_NPROC, the container's pids limit) and stage again.",

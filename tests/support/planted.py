@@ -1,4 +1,4 @@
-"""Engines with a planted bug each: the ways people swap a live model today, which the harness of `support.torn` must catch."""
+"""Engines with a planted bug each: the ways people swap a live model today, which `support.torn` must catch."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """A harness that counts torn passes: readers call, one thread swaps, and every output says which version it came from.
 
 The oracle's weights encode a prime `v` in every layer, half of them parameters and half buffers, so that an output is
-`v ** layers` in every element exactly if one version ran the whole pass: products of different primes never coincide. All
-numbers are exact in float64. Each pass is also held against what was published while it ran: one that shows a version which
-was replaced before it began, or that goes back in time within its thread, is counted as stale.
+`v ** layers` in every element exactly if one version ran the whole pass: products of different primes never coincide.
+All numbers are exact in float64. Each pass is also held against what was published while it ran: one that shows a
+version which was replaced before it began, or that goes back in time within its thread, is counted as stale.
 
-An `Engine` is what is tested. hotglm's slot is one (`SlotEngine`); `support.planted` has the broken ones the harness must
-catch, so that a count of 0 means something.
+An `Engine` is what is tested. hotglm's slot is one (`SlotEngine`); `support.planted` has the broken ones that the
+harness must catch, so that a count of 0 means something.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Oracle(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         boundary = self.boundary
         if boundary is None:
-            return self.w3.mv(self.w2.mv(self.w1.mv(self.w0.mv(x))))  # type: ignore[no-any-return, operator]
+            return self.w3.mv(self.w2.mv(self.w1.mv(self.w0.mv(x))))  # type: ignore[operator]
         for layer in range(LAYERS):
             boundary(layer)
             x = getattr(self, f"w{layer}").mv(x)
@@ -214,7 +214,7 @@ class _Run:
                     else:
                         stale += 1
                 self._add(passes=32, torn=torn, stale=stale)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is reported
             self.report.errors.append(error)
             self._stop.set()
 
@@ -230,7 +230,7 @@ class _Run:
                     return
                 self._done = position
                 report.swaps += 1
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is reported
             report.errors.append(error)
             self._stop.set()
         if report.passes >= self._passes:
@@ -359,7 +359,7 @@ def run_in_thread(function: Callable[[], Any], *, timeout_s: float = 30.0) -> An
     def work() -> None:
         try:
             outcome.append(function())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
             failure.append(error)
 
     thread = threading.Thread(target=work, daemon=True)

@@ -1,0 +1,206 @@
+"""Exceptions at every line of an update, and interrupts at any time: the old version or the new one, whole (F18, F19).
+
+Two kinds of interrupt exist in CPython: one that a trace function raises at a line, which can be placed exactly, and one
+that arrives between two bytecodes, from a signal handler or another thread, which is placed at random here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
+
+import hotglm
+
+
+class Interrupt(BaseException):
+    """What no code catches by accident."""
+
+
+def make_slot() -> hotglm.ModuleSlot:
+    slot = hotglm.ModuleSlot(Oracle(PRIMES[0]), name="oracle", version=name_version(PRIMES[0]), policy=LEAN)
+    for prime in PRIMES[1:4]:
+        slot.update(weights(prime), version=name_version(prime))
+    return slot
+
+
+def update_to(slot: hotglm.ModuleSlot, prime: int) -> None:
+    slot.update(weights(prime), version=name_version(prime))
+
+
+def assert_serves(slot: hotglm.ModuleSlot, *primes: int) -> None:
+    """The live generation is whole, is one of `primes`, and says which."""
+    found = read_version(slot(INPUT))
+    assert found in primes
+    live = slot._admission.live
+    assert str(live.generation.version) == name_version(found)
+    assert live.history[-1].number == live.generation.number
+    assert live.history[-1].epoch == live.epoch
+    assert live.generation not in live.held
+
+
+def assert_works(slot: hotglm.ModuleSlot) -> None:
+    """Every lock is free: an update, a rollback and a confirmation go through, in another thread and in this one."""
+
+    def use() -> None:
+        for prime in (PRIMES[10], PRIMES[11]):
+            update_to(slot, prime)
+        slot.rollback()
+        slot.confirm()
+        assert_serves(slot, PRIMES[10])
+
+    run_in_thread(use)
+    update_to(slot, PRIMES[12])
+    assert_serves(slot, PRIMES[12])
+    assert slot.wait_drained(timeout_s=10) is None  # type: ignore[func-returns-value]  # it returns, that is all
+
+
+class RaiseAtLine:
+    """A trace function that raises at the nth line event inside hotglm, in this thread."""
+
+    def __init__(self, target: int | None) -> None:
+        self.num_lines = 0
+        self.where = ""
+        self._target = target
+
+    def __call__(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        name = frame.f_code.co_filename
+        if "/hotglm/" not in name:
+            return None
+        if event == "line":
+            self.num_lines += 1
+            if self.num_lines == self._target:
+                self.where = f"{name}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+                raise Interrupt(self.where)
+        return self
+
+    def run(self, action: Callable[[], object]) -> bool:
+        """Run `action`; return whether it was interrupted."""
+        sys.settrace(self)
+        try:
+            action()
+        except Interrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+
+def count_lines(prepare: Callable[[], Callable[[], object]]) -> int:
+    counter = RaiseAtLine(None)
+    counter.run(prepare())
+    return counter.num_lines
+
+
+@pytest.mark.parametrize("operation", ["update", "stage", "commit", "rollback", "confirm", "discard"])
+def test_an_exception_at_every_line_leaves_one_whole_version(operation: str) -> None:
+    """F18: raised at any line of the caller's thread, an operation has happened entirely or not at all; locks are free."""
+    target, step, before = PRIMES[20], 0, PRIMES[0]
+    slot = make_slot()
+
+    def prepare() -> Callable[[], object]:
+        nonlocal before
+        update_to(slot, PRIMES[4])
+        update_to(slot, before := PRIMES[5])
+        if operation in ("commit", "discard"):
+            staged = slot.stage(weights(target), version=name_version(target))
+            return lambda: slot.commit(staged) if operation == "commit" else staged.discard()
+        return {
+            "update": lambda: update_to(slot, target),
+            "stage": lambda: slot.stage(weights(target), version=name_version(target)),
+            "rollback": slot.rollback,
+            "confirm": slot.confirm,
+        }[operation]
+
+    num_lines = count_lines(prepare)
+    assert num_lines >= 4
+    while (step := step + 1) <= num_lines:
+        action = prepare()
+        epoch = slot.status().epoch
+        tracer = RaiseAtLine(step)
+        tracer.run(action)
+        after = {"update": target, "commit": target, "rollback": PRIMES[4]}.get(operation, before)
+        try:
+            assert_serves(slot, before, after)
+            assert slot.status().epoch - epoch == (read_version(slot(INPUT)) == after != before)
+            del action
+            assert_works(slot)
+        except BaseException as error:
+            raise AssertionError(f"after an interrupt at {tracer.where}") from error
+
+
+@pytest.mark.parametrize("num_rounds", [200, pytest.param(10_000, marks=pytest.mark.stress)])
+def test_a_keyboard_interrupt_at_any_time_leaves_one_whole_version(num_rounds: int) -> None:
+    """F19: Ctrl-C between any two bytecodes of an update, a rollback or a session; what serves is whole, locks are free."""
+    slot = make_slot()
+    chance = random.Random(19)
+    primes = {0: PRIMES[4]}
+    num_interrupted = 0
+
+    def work(round_: int) -> None:
+        prime = primes[round_ % 2] = PRIMES[5 + round_ % 30]
+        with slot.acquire() as generation:
+            assert read_version(generation.module(INPUT)) in PRIMES
+        update_to(slot, prime)
+        slot.rollback()
+        slot.rollback(to=name_version(prime))
+        slot.confirm()
+
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for round_ in range(num_rounds):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 6e-3))
+                work(round_)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                num_interrupted += 1
+            assert read_version(slot(INPUT)) in PRIMES
+            assert str(slot.version) == name_version(read_version(slot(INPUT)))
+            if round_ % 20 == 0:
+                assert_works(slot)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert num_interrupted > num_rounds // 10
+    assert_works(slot)
+
+
+@pytest.mark.parametrize("num_rounds", [100, pytest.param(5_000, marks=pytest.mark.stress)])
+def test_an_exception_thrown_into_a_thread_at_any_time_leaves_one_whole_version(num_rounds: int) -> None:
+    """F19: an asynchronous exception in a thread that updates (`PyThreadState_SetAsyncExc`), the same."""
+    slot = make_slot()
+    chance = random.Random(19)
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    raise_in.argtypes = [ctypes.c_ulong, ctypes.py_object]
+
+    for round_ in range(num_rounds):
+        prime = PRIMES[5 + round_ % 30]
+        started = threading.Event()
+
+        def work(prime: int = prime, started: threading.Event = started) -> None:
+            try:
+                started.set()
+                update_to(slot, prime)
+                slot.rollback()
+            except (Interrupt, hotglm.HotglmError):
+                pass  # either is an end; what it left behind is looked at below
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        started.wait()
+        thread.join(chance.uniform(0, 4e-3))
+        if thread.is_alive():
+            raise_in(thread.ident or 0, Interrupt)
+        thread.join(30)
+        assert not thread.is_alive()
+        assert str(slot.version) == name_version(read_version(slot(INPUT)))
+    assert_works(slot)

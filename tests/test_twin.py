@@ -1,0 +1,384 @@
+"""Twins: the next generation is the user's own class with the user's own attributes, over the next version's weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.swaps import Model, build, make_class, same_bits, swap
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
+
+import hotglm
+from hotglm.errors import UncopyableError
+
+X = torch.arange(4.0).reshape(2, 2)
+
+
+class Child(nn.Module):
+    """A part that knows its parent, by whatever `refer` makes of it."""
+
+    def __init__(self, parent: Any, refer: Callable[[Any], Any], look: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(2))
+        object.__setattr__(self, "parent", refer(parent))
+        self.look = look
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.look(self.parent).linear(x) * self.scale
+
+
+def _call(reference: Any) -> Any:
+    return reference()
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _first(items: Any) -> Any:
+    return items[0]
+
+
+def _deep(items: Any) -> Any:
+    return items["a"][0]()
+
+
+ROUNDABOUT = {
+    "weak reference": (weakref.ref, _call),
+    "weak proxy": (weakref.proxy, _same),
+    "nested weak reference": (lambda parent: {"a": [weakref.ref(parent)]}, _deep),
+    "list": (lambda parent: [parent], _first),
+    "hidden attribute": (_same, _same),
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDABOUT)
+def test_a_part_that_refers_to_its_parent_refers_to_the_new_one(kind: str) -> None:
+    """Weak and strong references between parts of a module lead to the parts of the same generation."""
+    refer, look = ROUNDABOUT[kind]
+
+    def prepare(model: Any) -> None:
+        model.child = Child(model, refer, look)
+
+    slot, cold = swap(make_class(prepare, lambda self, x: self.child(x)))
+    assert same_bits(slot(X), cold(X))
+    child = slot.live.module.get_submodule("child")
+    linear = slot.live.module.get_submodule("linear")
+    assert look(child.parent).linear is linear
+
+
+ATTRIBUTES: dict[str, tuple[Callable[[Any], object], Callable[[Any, torch.Tensor], Any]]] = {
+    "bound method of a part": (lambda m: setattr(m, "f", m.linear.forward), lambda m, x: m.f(x)),
+    "partial": (lambda m: setattr(m, "f", functools.partial(m.linear.forward)), lambda m, x: m.f(x)),
+    "patched forward": (
+        lambda m: setattr(m.linear, "forward", types.MethodType(lambda self, x: x @ self.weight, m.linear)),
+        lambda m, x: m.linear(x),
+    ),
+    "transposed weight": (lambda m: setattr(m, "wt", m.linear.weight.t()), lambda m, x: x @ m.wt),
+    "chunks of a weight": (
+        lambda m: setattr(m, "qk", {"q": m.linear.weight.detach().chunk(2)}),
+        lambda m, x: x * m.qk["q"][1],
+    ),
+    "a weight's bits": (
+        lambda m: setattr(m, "bits", m.linear.weight.detach().view(torch.int32)),
+        lambda m, x: m.bits,
+    ),
+    "list of parameters": (lambda m: setattr(m, "ps", list(m.linear.parameters())), lambda m, x: m.ps[0] + m.ps[1]),
+    "weak references to parameters": (
+        lambda m: setattr(m, "ps", [weakref.ref(p) for p in m.linear.parameters()]),
+        lambda m, x: m.ps[0]() + m.ps[1](),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ATTRIBUTES)
+def test_attributes_that_are_made_of_weights_follow_them(kind: str) -> None:
+    """Methods, partials, views and lists of weights kept in attributes are those of the new weights."""
+    prepare, forward = ATTRIBUTES[kind]
+    slot, cold = swap(make_class(prepare, forward))
+    assert same_bits(slot(X), cold(X))
+    first = slot.live.module
+    slot.update(cold.state_dict(), version="1.0.2")
+    assert slot.live.module is not first
+    assert same_bits(slot(X), cold(X))
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], object]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old spectral_norm": spectral_norm,
+    "own parametrization": lambda linear: parametrize.register_parametrization(linear, "weight", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_parametrized_weights_are_those_of_the_new_version(kind: str) -> None:
+    """Parametrizations, old and new, are carried over, and compute from the new weights (G05)."""
+    slot, cold = swap(lambda: make_class(lambda m: WRAPPERS[kind](m.linear))().eval())
+    assert same_bits(slot(X), cold(X))
+    assert type(slot.live.module.get_submodule("linear")).__name__ == type(cold.get_submodule("linear")).__name__
+
+
+def _prune(linear: nn.Linear) -> None:
+    prune.l1_unstructured(linear, "weight", amount=1)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("wrap", [_prune, torch.nn.utils.weight_norm])
+def test_a_weight_that_a_hook_computes_needs_to_be_vouched_for(wrap: Callable[[nn.Module], object]) -> None:
+    """Pruning and old weight_norm keep a computed weight, which is refused by name until the user vouches for it."""
+    make = make_class(lambda m: wrap(m.linear))
+    with pytest.raises(hotglm.StaleStateError) as caught:
+        swap(make)
+    assert caught.value.tensor == "linear.weight"
+    slot, cold = swap(make, constants=["linear.weight"])
+    assert same_bits(slot(X), cold(X))
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_use_the_new_weights(make: type[nn.Module]) -> None:
+    """The flat lists of weights that torch's recurrent layers keep are lists of the new weights."""
+    slot, cold = swap(lambda: make(2, 3, num_layers=2, bidirectional=True))
+    assert same_bits(slot(X), cold(X))
+    assert all(one is other for one, other in zip(slot._flat_weights, slot.parameters(), strict=True))
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """A hook with state of its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.num = 0
+
+    def __call__(self, *_: object) -> None:
+        self.num += 1
+
+    def count(self, *_: object) -> None:
+        self.num += 1
+
+
+@pytest.mark.parametrize("as_method", [False, True])
+def test_a_hook_of_somebody_else_goes_on_with_its_state(*, as_method: bool) -> None:
+    """Hook objects, and methods of objects outside the module, are shared by the generations (G05)."""
+    counter = Counter()
+    hook = counter.count if as_method else counter
+
+    def prepare(model: Any) -> None:
+        model.linear.register_forward_hook(hook)
+        model.register_forward_pre_hook(hook)
+
+    slot, _ = swap(make_class(prepare))
+    slot(X)
+    assert counter.num == 2
+    slot.rollback()
+    slot(X)
+    assert counter.num == 4
+
+
+def test_every_kind_of_module_hook_is_carried_over() -> None:
+    """Forward, pre-forward, keyword, backward and state-dict hooks run in the new generation too."""
+    seen: list[str] = []
+
+    def prepare(model: Any) -> None:
+        model.register_forward_pre_hook(lambda m, a, k: seen.append("pre"), with_kwargs=True)
+        model.register_forward_hook(lambda m, a, k, o: seen.append("post"), with_kwargs=True, always_call=True)
+        model.register_full_backward_hook(lambda m, i, o: seen.append("backward"))
+        model.register_state_dict_post_hook(lambda m, s, p, l: seen.append("state"))
+
+    slot, _ = swap(make_class(prepare))
+    seen.clear()
+    slot(X.clone().requires_grad_()).sum().backward()
+    slot.state_dict()
+    assert seen == ["pre", "post", "backward", "state"]
+
+
+CAPTURES: dict[str, Callable[[Any], object]] = {
+    "module": lambda m: setattr(m, "f", lambda x: m.linear(x)),
+    "parameter": lambda m: setattr(m, "f", (lambda w: lambda x: x @ w)(m.linear.weight)),
+    "view of a parameter": lambda m: setattr(m, "f", (lambda w: lambda x: x @ w)(m.linear.weight.detach().t())),
+    "bound method": lambda m: setattr(m, "f", (lambda f: lambda x: f(x))(m.linear.forward)),
+    "partial": lambda m: setattr(m, "f", (lambda f: lambda x: f(x))(functools.partial(m.linear))),
+    "list": lambda m: setattr(m, "f", (lambda items: lambda x: items[0](x))([m.linear])),
+    "default argument": lambda m: setattr(m, "f", lambda x, layer=m.linear: layer(x)),
+    "keyword default": lambda m: setattr(m, "f", lambda x, *, layer=m.linear: layer(x)),
+    "function in a function": lambda m: setattr(m, "f", (lambda f: lambda x: f(x))(lambda x: m.linear(x))),
+    "function in nested dicts": lambda m: setattr(m, "f", {"a": {"b": lambda x: m.linear(x)}}),
+    "cache of a method": lambda m: setattr(m, "f", functools.lru_cache(m.linear.forward)),
+    "weak dictionary": lambda m: setattr(m, "f", weakref.WeakValueDictionary(a=m.linear)),
+    "weak keys": lambda m: setattr(m, "f", weakref.WeakKeyDictionary({m.linear.weight: 1})),
+    "weak set": lambda m: setattr(m, "f", weakref.WeakSet([m.linear])),
+    "numpy array over a weight": lambda m: setattr(m, "f", m.linear.weight.detach().numpy()),
+}
+
+
+@pytest.mark.parametrize("kind", CAPTURES)
+def test_a_function_that_has_captured_the_old_module_is_refused_by_name(kind: str) -> None:
+    """What would go on running the old weights, and cannot be copied, is refused and named."""
+    maker = build(make_class(CAPTURES[kind]))
+    slot = hotglm.ModuleSlot(maker(1), name="model", version="1.0.0")
+    before = slot(X)
+    with pytest.raises(UncopyableError) as caught:
+        slot.update(maker(2).state_dict(), version="1.0.1")
+    assert [problem.code for problem in caught.value.problems] == ["UNCOPYABLE"]
+    assert "'f'" in str(caught.value)
+    assert same_bits(slot(X), before)
+
+
+def test_hooks_that_capture_the_module_are_all_refused_at_once() -> None:
+    """Every uncopyable hook and attribute of a module is in one error."""
+
+    def prepare(model: Any) -> None:
+        model.register_forward_hook(lambda *_: model.linear)
+        model.linear.weight.register_hook(lambda grad: grad)
+        model.f = lambda x: model.linear(x)
+
+    with pytest.raises(UncopyableError) as caught:
+        swap(make_class(prepare))
+    text = str(caught.value)
+    assert len(caught.value.problems) == 3
+    assert "'_forward_hooks'" in text
+    assert "'f'" in text
+    assert "'linear.weight'" in text
+
+
+# -- attributes --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_copied_and_has_nothing_to_do_with_weights_is_shared() -> None:
+    """Locks, generators of random numbers and clients stay the same objects in every generation."""
+
+    class Client:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+    client, generator = Client(), torch.Generator()
+
+    def prepare(model: Any) -> None:
+        model.client, model.generator, model.sizes = client, generator, {"a": [1, 2]}
+
+    slot, _ = swap(make_class(prepare))
+    assert slot.client is client
+    assert slot.generator is generator
+    assert slot.sizes == {"a": [1, 2]}
+
+
+def test_plain_data_is_copied_so_that_generations_do_not_share_it() -> None:
+    """Lists and dicts of one generation are its own: appending to one does not reach the one held for rollback."""
+    slot, _ = swap(make_class(lambda m: setattr(m, "seen", [])))
+    slot.seen.append(1)
+    slot.rollback()
+    assert slot.seen == []
+
+
+def test_classes_that_copy_themselves_are_asked_to() -> None:
+    """`__deepcopy__`, `__getstate__` and `__setstate__` of a module are used, with its weights mapped all the same."""
+
+    class Stateful(Model):
+        def __getstate__(self) -> dict[str, Any]:
+            return {**self.__dict__, "note": "went through getstate"}
+
+    class Deep(Model):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            twin = Deep.__new__(Deep)
+            memo[id(self)] = twin
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            twin.__dict__["note"] = "went through deepcopy"
+            return twin
+
+    for make, note in ((Stateful, "went through getstate"), (Deep, "went through deepcopy")):
+        slot, cold = swap(lambda make=make: nn.Sequential(make()))
+        assert same_bits(slot(X), cold(X))
+        assert slot.live.module.get_submodule("0").note == note
+
+
+def test_a_class_that_refuses_to_be_copied_is_named() -> None:
+    """A `__deepcopy__` that raises refuses the update and names the module."""
+
+    class Closed(Model):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            raise TypeError("not this one")
+
+    maker = build(lambda: nn.Sequential(Closed()))
+    slot = hotglm.ModuleSlot(maker(1), name="model")
+    before = slot(X)
+    with pytest.raises(UncopyableError, match=r"'0\.Closed'.*not this one"):
+        slot.update(maker(2).state_dict())
+    assert same_bits(slot(X), before)
+
+
+def test_flags_of_parameters_and_modules_are_carried_over() -> None:
+    """requires_grad, attributes of parameters, train flags of each part and `nn.Buffer` stay as they were."""
+
+    def prepare(model: Any) -> None:
+        model.linear.bias.requires_grad_(requires_grad=False)
+        model.linear.weight.partition = "rows"
+        model.table = nn.Buffer(torch.arange(2), persistent=False)
+        model.frozen = nn.BatchNorm1d(2).eval()
+        model.none = None
+        model.register_parameter("absent", None)
+
+    slot, cold = swap(make_class(prepare))
+    assert (slot.linear.weight.requires_grad, slot.linear.bias.requires_grad) == (True, False)
+    assert slot.linear.weight.partition == "rows"
+    assert type(slot.table) is type(cold.table)
+    assert (slot.training, slot.linear.training, slot.frozen.training) == (True, True, False)
+    assert (slot.none, slot.absent) == (None, None)
+    assert all(p.grad is None and p.is_leaf for p in slot.parameters())
+
+
+def test_parts_that_are_shared_stay_shared() -> None:
+    """A layer used twice is one layer in the twin, and tied weights are one parameter under both names."""
+
+    def prepare(model: Any) -> None:
+        model.again = model.linear
+        model.tied = nn.Linear(2, 2, bias=False)
+        model.tied.weight = model.linear.weight
+
+    slot, _ = swap(make_class(prepare))
+    module = slot.live.module
+    assert module.get_submodule("again") is module.get_submodule("linear")
+    assert module.get_submodule("tied").weight is module.get_submodule("linear").weight
+
+
+def test_a_container_that_changes_while_it_is_copied_is_tried_again() -> None:
+    """A dict that a pass grows while the copier walks it costs another try, never a torn or failed update."""
+    tries: list[int] = []
+
+    class Growing(dict[str, int]):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            tries.append(1)
+            if len(tries) < 3:
+                raise RuntimeError("dictionary changed size during iteration")
+            return Growing(self)
+
+    slot, cold = swap(make_class(lambda m: setattr(m, "cache", Growing(a=1))))
+    assert len(tries) == 3
+    assert same_bits(slot(X), cold(X))
+
+
+def test_a_container_that_never_stands_still_is_refused() -> None:
+    """After a bounded number of tries the attribute's module is named and the live version serves on."""
+
+    class Restless(dict[str, int]):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            raise RuntimeError("dictionary changed size during iteration")
+
+    maker = build(make_class(lambda m: setattr(m, "cache", Restless())))
+    slot = hotglm.ModuleSlot(maker(1), name="model")
+    before = slot(X)
+    with pytest.raises(UncopyableError) as caught:
+        slot.update(maker(2).state_dict())
+    assert caught.value.code == "CHANGING_ATTRIBUTE"
+    assert same_bits(slot(X), before)
