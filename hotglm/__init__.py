@@ -55,13 +55,15 @@ if TYPE_CHECKING:
         VersionSyntaxError,
         WarmUpError,
     )
+    from hotglm.events import Event
     from hotglm.model.derived import refresh
     from hotglm.model.inspection import contract_of
     from hotglm.model.registry import versioned
     from hotglm.model.save import save_weights
+    from hotglm.slot.admission import HistoryEntry
     from hotglm.slot.checks import Golden, StagePolicy
-    from hotglm.slot.generation import Generation
-    from hotglm.slot.holders import Holder
+    from hotglm.slot.generation import Generation, State
+    from hotglm.slot.holders import Holder, Session
     from hotglm.slot.memory import MemoryPolicy
     from hotglm.slot.receipt import Progress, Receipt
     from hotglm.slot.slot import ModuleSlot
@@ -86,10 +88,12 @@ __all__ = [
     "DigestMismatchError",
     "DiscardedError",
     "DrainTimeoutError",
+    "Event",
     "Generation",
     "Golden",
     "GoldenMismatchError",
     "HeaderError",
+    "HistoryEntry",
     "Holder",
     "HotglmError",
     "IncompatibleError",
@@ -106,6 +110,7 @@ __all__ = [
     "Receipt",
     "ReentrantError",
     "RefreshError",
+    "Session",
     "ShardIndexError",
     "SlotClosedError",
     "SlotStateError",
@@ -117,6 +122,7 @@ __all__ = [
     "StageTimeoutError",
     "Staged",
     "StaleStateError",
+    "State",
     "StateSpec",
     "Status",
     "SupersededError",
@@ -150,10 +156,12 @@ _EXPORTS: dict[str, str] = {
     "DigestMismatchError": "hotglm.errors",
     "DiscardedError": "hotglm.errors",
     "DrainTimeoutError": "hotglm.errors",
+    "Event": "hotglm.events",
     "Generation": "hotglm.slot.generation",
     "Golden": "hotglm.slot.checks",
     "GoldenMismatchError": "hotglm.errors",
     "HeaderError": "hotglm.errors",
+    "HistoryEntry": "hotglm.slot.admission",
     "Holder": "hotglm.slot.holders",
     "HotglmError": "hotglm.errors",
     "IncompatibleError": "hotglm.errors",
@@ -170,6 +178,7 @@ _EXPORTS: dict[str, str] = {
     "Receipt": "hotglm.slot.receipt",
     "ReentrantError": "hotglm.errors",
     "RefreshError": "hotglm.errors",
+    "Session": "hotglm.slot.holders",
     "ShardIndexError": "hotglm.errors",
     "SlotClosedError": "hotglm.errors",
     "SlotStateError": "hotglm.errors",
@@ -181,6 +190,7 @@ _EXPORTS: dict[str, str] = {
     "StageTimeoutError": "hotglm.errors",
     "Staged": "hotglm.slot.staged",
     "StaleStateError": "hotglm.errors",
+    "State": "hotglm.slot.generation",
     "StateSpec": "hotglm.contract",
     "Status": "hotglm.slot.status",
     "SupersededError": "hotglm.errors",

@@ -216,7 +216,8 @@ def _show_diff(old: WeightFiles, new: WeightFiles, *, breakages: Sequence[Breaka
     honest = "" if step.honest is None else f", so {step.honest} or above after {step.old}"
     yield f"Needs a step of {step.needed.value}{honest}."
     if step.claimed is not None:
-        yield f"Claims a step of {step.claimed.value} ({step.new} after {step.old}): {_judge(step)}."
+        order = "after" if step.old is None or step.new is None or step.new >= step.old else "going back from"
+        yield f"Claims a step of {step.claimed.value} ({step.new} {order} {step.old}): {_judge(step)}."
 
 
 def _judge(step: _Step) -> str:

@@ -193,7 +193,7 @@ class Subscribers:
 
     def __init__(self) -> None:
         """Start with nobody."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant: a finaliser may subscribe inside a subscribe
         # Replaced as a whole, never changed in place: `publish` reads it once and needs no lock, so a callback may
         # subscribe or unsubscribe while it is being called (tests/test_events.py).
         self._entries: tuple[tuple[object, Callable[[Event], object]], ...] = ()
@@ -215,7 +215,7 @@ class Subscribers:
 
     def reset_lock_after_fork(self) -> None:
         """Replace the lock in a forked child, where the thread that may have held it does not exist."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def publish(self, event: Event) -> None:
         """Call every subscriber with `event`, in the order they came; those who came or left meanwhile count next time.

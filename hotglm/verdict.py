@@ -194,8 +194,12 @@ def _find_unfilled(candidate: Candidate) -> Iterator[Finding]:
             message=f"{_describe_misfit(breakage)}; the code cannot hold that, whatever the version.",
             refuses=True,
             breakage=breakage,
-            remedy="convert or migrate the tensors to the code's layout, or provide the class that holds this one",
+            remedy=_CONVERT if isinstance(breakage, DtypeChanged) else _MIGRATE,
         )
+
+
+_CONVERT = "convert the tensors, or stage with StagePolicy(convert_dtypes=True) for floating-point ones"
+_MIGRATE = "convert or migrate the tensors to the code's layout, or provide the class that holds this one"
 
 
 def _describe_misfit(breakage: Breakage) -> str:

@@ -44,16 +44,7 @@ def refuse_check(slot: hotglm.ModuleSlot) -> None:
         slot.update(nn.Linear(64, 64), version="1.0.3", policy=policy)
 
 
-GOLDEN_CYCLE = pytest.mark.xfail(
-    strict=True,
-    reason="slot/checks.py: the error of torch.testing.assert_close is part of a circle of frames that holds the spare",
-)
-LOOKING_CYCLE = pytest.mark.xfail(
-    strict=True, reason="slot/holders.py: find_passes keeps its own frame, and so the module, in a local variable"
-)
-
-
-@pytest.mark.parametrize("refuse", [pytest.param(refuse_golden, marks=GOLDEN_CYCLE), refuse_check])
+@pytest.mark.parametrize("refuse", [refuse_golden, refuse_check])
 def test_a_refused_stage_leaves_no_third_copy(refuse: Callable[[hotglm.ModuleSlot], None]) -> None:
     """After a stage that failed its proof, the next one reuses the spare, and two copies stay two copies."""
     slot = make_slot()
@@ -66,7 +57,6 @@ def test_a_refused_stage_leaves_no_third_copy(refuse: Callable[[hotglm.ModuleSlo
     assert slot.status().arenas_nbytes == nbytes
 
 
-@LOOKING_CYCLE
 @pytest.mark.parametrize("look", ["status", "find_holders"])
 def test_looking_keeps_nothing_alive(look: str) -> None:
     """A look at who holds what leaves no reference behind."""
@@ -80,7 +70,6 @@ def test_looking_keeps_nothing_alive(look: str) -> None:
     assert module() is None
 
 
-@LOOKING_CYCLE
 def test_waiting_keeps_nothing_alive() -> None:
     """A wait for an old generation to be free ends as soon as its last holder lets go, not at the next collection."""
     slot = make_slot()

@@ -27,7 +27,7 @@ from torch import nn
 
 from hotglm.errors import DefinitionError, Problem, RefreshError, shorten_repr
 
-__all__ = ["find_refreshers", "may_carry_over", "refresh", "run_refreshers"]
+__all__ = ["find_refreshed_names", "find_refreshers", "may_carry_over", "refresh", "run_refreshers"]
 
 _MARK = "__hotglm_refresh__"
 _INDEX_DTYPES = frozenset({torch.bool, torch.int16, torch.int32, torch.int64})

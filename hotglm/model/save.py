@@ -22,7 +22,7 @@ from torch import nn
 
 from hotglm.errors import Problem, TensorValueError
 from hotglm.model.inspection import find_state
-from hotglm.model.registry import find_definition
+from hotglm.model.registry import find_definition, read_config
 from hotglm.version import Version
 from hotglm.weights.digest import digest_tensor
 from hotglm.weights.dtypes import LOADABLE_DTYPES
@@ -48,7 +48,8 @@ def save_weights(
         path: the file; its directory must exist.
         version: version of these weights; for a module, what `@versioned` declared if None.
         name: name of the model; likewise.
-        config: fields of the config, as JSON can hold them.
+        config: fields of the config, as JSON can hold them; for a module, those of the dataclass it keeps as `config`
+            if None.
         requires: requirements such as `"torch>=2.6"`.
 
     Raises:
@@ -60,11 +61,12 @@ def save_weights(
     tensors = _collect(source)
     _verify_dtypes(tensors)
     digests = {key: digest_tensor(tensor) for key, tensor in tensors.items()}
+    fields = read_config(source) if config is None and isinstance(source, nn.Module) else config
     chosen = version if version is not None else definition.version if definition else None
     metadata = {
         "hotglm.name": name or (definition.name if definition else None),
         "hotglm.version": None if chosen is None else str(Version(chosen)),
-        "hotglm.config": None if config is None else json.dumps(dict(config)),
+        "hotglm.config": None if fields is None else json.dumps(dict(fields)),
         "hotglm.requires": json.dumps(list(requires)) if requires else None,
         "hotglm.digests": json.dumps(digests),
     }

@@ -33,7 +33,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hotglm.errors import Problem, StaleStateError, UncopyableError, shorten_repr
-from hotglm.model.derived import may_carry_over
+from hotglm.model.derived import find_refreshed_names, may_carry_over
 from hotglm.model.inspection import StateEntry, find_state
 from hotglm.model.references import (
     copies_itself,
@@ -381,7 +381,8 @@ class _Copier(TorchFunctionMode):
 
     def _judge(self, name: str, tensor: torch.Tensor, *, owner: nn.Module) -> None:
         if may_carry_over(name, tensor, owner=owner, constants=self._constants):
-            self._findings.carried.append(name)
+            if name.rpartition(".")[2] not in find_refreshed_names(owner):
+                self._findings.carried.append(name)
             return
         what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         self._findings.stale.append(

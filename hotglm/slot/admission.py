@@ -40,15 +40,16 @@ and hazard pointers (they rebuild in Python what reference counts already do in 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from hotglm.errors import ConflictError, NoRollbackError, SlotClosedError
+from hotglm.errors import ConflictError, NoRollbackError, ReentrantError, SlotClosedError
 from hotglm.slot.generation import Generation
 from hotglm.version import Version
 
@@ -123,12 +124,13 @@ def choose_call(module: nn.Module) -> Callable[..., Any]:
 class Admission:
     """The live publication of one slot and the writers' lock around changing it."""
 
-    __slots__ = ("_closed", "_writer", "live", "name")
+    __slots__ = ("_closed", "_writer", "_writer_thread", "live", "name")
 
     def __init__(self, generation: Generation, *, name: str) -> None:
         """Publish the first generation; it is confirmed, having nothing to go back to."""
         self.name = name
         self._writer = threading.Lock()
+        self._writer_thread = 0
         self._closed = False
         entry = _record("created", 0, generation)
         self.live = Publication(
@@ -154,7 +156,7 @@ class Admission:
             SlotClosedError: the slot was closed.
         """
         call = choose_call(generation.module)
-        with self._writer:
+        with self._writing():
             old = self.live
             self._verify_open()
             _verify_expected(old.generation, expected)
@@ -185,14 +187,14 @@ class Admission:
             ConflictError: another generation is live.
             SlotClosedError: the slot was closed.
         """
-        with self._writer:
+        with self._writing():
             old = self.live
             self._verify_open()
             if expected is not None:
                 _verify_expected(old.generation, expected)
             generation = _find_target(old, target)
             remaining = tuple(held for held in old.held if held is not generation)
-            older = [held for held in remaining if held.number < generation.number]
+            older = [held for held in (old.generation, *remaining) if held.number < generation.number]
             history = _append(old.history, _record("rolled back", old.epoch + 1, generation))
             call = choose_call(generation.module)
             new = Publication(
@@ -213,7 +215,7 @@ class Admission:
         Raises:
             ConflictError: another generation is live than the expected one.
         """
-        with self._writer:
+        with self._writing():
             old = self.live
             if expected is not None:
                 _verify_expected(old.generation, expected)
@@ -224,7 +226,7 @@ class Admission:
 
     def retire(self, generation: Generation) -> bool:
         """Stop holding `generation` for rollback; return whether it was held."""
-        with self._writer:
+        with self._writing():
             old = self.live
             if all(held is not generation for held in old.held):
                 return False
@@ -235,14 +237,14 @@ class Admission:
 
     def refresh_call(self) -> None:
         """Choose the call of the live generation anew, after its module was compiled in place."""
-        with self._writer:
+        with self._writing():
             old = self.live
             call = choose_call(old.generation.module)
             self.live = replace(old, call=call)
 
     def close(self) -> bool:
         """Refuse commits and rollbacks from now on; return whether that is new. Passes go on."""
-        with self._writer:
+        with self._writing():
             was_open, self._closed = not self._closed, True
             return was_open
 
@@ -254,6 +256,23 @@ class Admission:
     def reset_lock_after_fork(self) -> None:
         """Replace the lock in a forked child, where the thread that may have held it does not exist."""
         self._writer = threading.Lock()
+        self._writer_thread = 0
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the writers' lock; refuse a finaliser or signal handler inside the thread that holds it."""
+        thread = threading.get_ident()
+        if self._writer_thread == thread:
+            raise ReentrantError(
+                "Expected a commit from outside another one, got one from a finaliser or signal handler inside it.",
+                remedy="let the handler set an event, and commit from a thread that waits for it.",
+            )
+        with self._writer:
+            self._writer_thread = thread  # no call since the lock was taken, so nothing can have come in between
+            try:
+                yield
+            finally:
+                self._writer_thread = 0
 
     def _verify_open(self) -> None:
         if self._closed:

@@ -12,7 +12,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,7 +137,11 @@ def run_checks(module: nn.Module, *, policy: StagePolicy, mode: GradMode) -> tup
         _compare_goldens(module, policy.goldens)
     _ask(module, policy.checks)
     return (
-        *([f"{len(policy.warm_up)} warm-up passes"] if policy.warm_up else []),
+        *(
+            [f"{len(policy.warm_up)} warm-up {'pass' if len(policy.warm_up) == 1 else 'passes'}"]
+            if policy.warm_up
+            else []
+        ),
         *(f"golden {golden.name!r}" for golden in policy.goldens),
         *(f"check {_name(check)}" for check in policy.checks),
     )
@@ -185,30 +189,29 @@ def _find_differences(expected: Any, found: Any, golden: Golden, where: str = ""
         if message := _describe_difference(expected, found, golden):
             yield where, message
     elif isinstance(expected, Mapping):
-        keys = set(found) if isinstance(found, Mapping) else set()
-        if set(expected) != keys:
-            yield where, f"expected the keys {sorted(map(str, expected))}, got {sorted(map(str, keys))}"
-        for key in [key for key in expected if key in keys]:
-            yield from _find_differences(expected[key], found[key], golden, f"{where}[{key!r}]")
+        yield from _find_in_mapping(expected, found, golden, where)
     elif isinstance(expected, (tuple, list)):
-        if not isinstance(found, (tuple, list)) or len(found) != len(expected):
-            yield where, f"expected {len(expected)} outputs, got {shorten_repr(type(found).__name__)}"
-            return
-        for index, (one, other) in enumerate(zip(expected, found, strict=True)):
-            yield from _find_differences(one, other, golden, f"{where}[{index}]")
-    elif dataclasses.is_dataclass(expected) and type(found) is type(expected):
-        for field_ in dataclasses.fields(expected):
-            one, other = getattr(expected, field_.name), getattr(found, field_.name)
-            yield from _find_differences(one, other, golden, f"{where}.{field_.name}")
-    elif not _is_equal(expected, found):
+        yield from _find_in_sequence(expected, found, golden, where)
+    elif expected != found:
         yield where, f"expected {shorten_repr(expected)}, got {shorten_repr(found)}"
 
 
-def _is_equal(expected: object, found: object) -> bool:
-    try:
-        return bool(expected == found)
-    except Exception:  # noqa: BLE001 - the model's own types may raise anything; what cannot be compared is not equal
-        return False
+def _find_in_mapping(expected: Mapping[Any, Any], found: Any, golden: Golden, where: str) -> Iterator[tuple[str, str]]:
+    keys = set(found) if isinstance(found, Mapping) else set()
+    if set(expected) != keys:
+        yield where, f"expected the keys {sorted(map(str, expected))}, got {sorted(map(str, keys))}"
+    for key in [key for key in expected if key in keys]:
+        yield from _find_differences(expected[key], found[key], golden, f"{where}[{key!r}]")
+
+
+def _find_in_sequence(
+    expected: tuple[Any, ...] | list[Any], found: Any, golden: Golden, where: str
+) -> Iterator[tuple[str, str]]:
+    if not isinstance(found, (tuple, list)) or len(found) != len(expected):
+        yield where, f"expected {len(expected)} outputs, got {shorten_repr(type(found).__name__)}"
+        return
+    for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+        yield from _find_differences(one, other, golden, f"{where}[{index}]")
 
 
 def _describe_difference(expected: torch.Tensor, found: object, golden: Golden) -> str | None:
@@ -223,6 +226,7 @@ def _describe_difference(expected: torch.Tensor, found: object, golden: Golden) 
             found.detach(), expected, rtol=golden.rtol, atol=golden.atol, equal_nan=True, check_stride=False
         )
     except AssertionError as difference:
+        traceback.clear_frames(difference.__traceback__)  # they refer to each other in a circle, and to the outputs
         return " ".join(str(difference).split())
     return None
 

@@ -344,7 +344,7 @@ class SlotCore:
             old_number=old.generation.number,
             new_number=new.number,
             digest=new.digest,
-            digests=new.digests,
+            digests=dict(new.digests),  # a mapping that can be pickled, like the rest of a receipt
             commit_s=commit_s,
             at_s=time.time(),
             **parts,

@@ -146,7 +146,7 @@ def _delegate(name: str) -> Callable[..., Any]:
         result = getattr(module, name)(*args, **kwargs)
         return self if result is module else result
 
-    method.__name__, method.__doc__ = name, getattr(original, "__doc__", None)
+    method.__name__, method.__doc__, method.__module__ = name, original.__doc__, original.__module__
     return method
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from hotglm.contract import Contract
@@ -128,7 +129,7 @@ class Retired:
     Holds nothing of the generation alive.
     """
 
-    __slots__ = ("_arena", "_lease", "_module", "_tensors", "nbytes", "number", "version")
+    __slots__ = ("_arena", "_lease", "_module", "_tensors", "address", "nbytes", "number", "version")
 
     def __init__(self, generation: Generation, *, nbytes: int) -> None:
         """Note what can be asked later; the caller then lets go of the generation."""
@@ -136,20 +137,25 @@ class Retired:
         self.version = generation.version
         self.nbytes = nbytes
         self._module = weakref.ref(generation.module)
-        self._arena = generation.arena
+        self._arena = None if generation.arena is None else weakref.ref(generation.arena)
+        self.address = 0 if generation.arena is None else generation.arena.address
         self._lease = generation.lease
         tensors = [*generation.module.parameters(), *generation.module.buffers()] if self._arena is None else []
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
 
     @property
     def arena(self) -> Arena | None:
-        """The arena its tensors lie in, if it had one."""
-        return self._arena
+        """The arena its tensors lie in, if it had one and the slot or somebody else still has it."""
+        return None if self._arena is None else self._arena()
 
     @property
     def module(self) -> nn.Module | None:
         """The module, if somebody still holds it."""
         return self._module()
+
+    def find_tensors(self) -> list[torch.Tensor]:
+        """Return the tensors the module came with that somebody still refers to; none where it had an arena."""
+        return [tensor for reference in self._tensors if (tensor := reference()) is not None]
 
     @property
     def is_free(self) -> bool:

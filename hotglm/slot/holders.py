@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from hotglm.errors import shorten_repr
-from hotglm.slot.generation import Generation
+from hotglm.slot.generation import Generation, Retired
 
 __all__ = ["Holder", "Session", "Sessions", "find_passes", "find_references"]
 
@@ -105,48 +105,66 @@ class Sessions:
                 yield Holder(kind="session", number=number, description=description)
 
 
-def find_passes(module: nn.Module, number: int) -> Iterator[Holder]:
-    """Yield one holder for each thread that is running a forward pass of `module` now, with its stack."""
+def find_passes(module: nn.Module, number: int) -> tuple[Holder, ...]:
+    """Return one holder for each thread that is running a forward pass of `module` now, with its stack."""
+    found: list[Holder] = []
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    for ident, top in sys._current_frames().items():
-        frame: types.FrameType | None = top
-        while frame is not None:
-            if frame.f_code in _PASS_CODES and frame.f_locals.get("self") is module:
-                stack = "".join(traceback.format_stack(top, limit=12))
+    # One of the frames is this one: left in a local variable it would keep itself, and `module` with it, until the next
+    # garbage collection. So they stay in the dictionary, which is emptied.
+    tops = sys._current_frames()
+    try:
+        for ident in tops:
+            if _runs(tops[ident], module):
+                stack = "".join(traceback.format_stack(tops[ident], limit=12))
                 name = names.get(ident, str(ident))
-                yield Holder(kind="pass", number=number, description=f"pass in thread {name!r}", stack=stack)
-                break
-            frame = frame.f_back
+                found.append(Holder(kind="pass", number=number, description=f"pass in thread {name!r}", stack=stack))
+    finally:
+        tops.clear()
+    return tuple(found)
 
 
-def find_references(module: nn.Module | None, *, address: int, nbytes: int, number: int) -> Iterator[Holder]:
-    """Yield what refers to the module, or to tensors in its memory, by kind of referrer.
+def _runs(frame: types.FrameType | None, module: nn.Module) -> bool:
+    while frame is not None:
+        if frame.f_code in _PASS_CODES and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def find_references(retired: Retired) -> Iterator[Holder]:
+    """Yield what refers to the module of a generation that is gone, or to tensors in its memory, by kind of referrer.
 
     Walks every object the garbage collector knows, with the GIL held: for diagnosis, not for a serving thread.
-
-    Args:
-        module: the generation's module, where it still lives.
-        address: first byte of its arena, 0 where it has none.
-        nbytes: size of the arena.
-        number: of the generation.
     """
+    module = retired.module
     if module is not None:
         parts = {id(part): path for path, part in module.named_modules()}
         for path, part in list(module.named_modules()):
+            label = shorten_repr(path or type(module).__name__)
             for referrer in gc.get_referrers(part):
                 if not _is_internal(referrer, parts):
-                    label = path or type(module).__name__
-                    description = f"module {shorten_repr(label)}, kept by {_describe(referrer)}"
-                    yield Holder(kind="module", number=number, description=description)
+                    description = f"module {label}, kept by {_describe(referrer)}"
+                    yield Holder(kind="module", number=retired.number, description=description)
         return
-    for candidate in gc.get_objects():
-        if type(candidate) in (torch.Tensor, nn.Parameter) and _lies_in(candidate, address, nbytes):
-            for referrer in gc.get_referrers(candidate):
-                if isinstance(referrer, types.FrameType) and referrer.f_code.co_filename == __file__:
-                    continue
-                shape = list(candidate.shape)
-                description = f"tensor of shape {shape}, kept by {_describe(referrer)}"
-                yield Holder(kind="tensor", number=number, description=description)
+    tensors = _find_tensors(retired)
+    own = {id(tensors)}
+    for tensor in tensors:
+        for referrer in gc.get_referrers(tensor):
+            if id(referrer) in own or (
+                isinstance(referrer, types.FrameType) and referrer.f_code.co_filename == __file__
+            ):
+                continue
+            description = f"tensor of shape {list(tensor.shape)}, kept by {_describe(referrer)}"
+            yield Holder(kind="tensor", number=retired.number, description=description)
+
+
+def _find_tensors(retired: Retired) -> list[torch.Tensor]:
+    if not retired.address:
+        return retired.find_tensors()
+    kinds = (torch.Tensor, nn.Parameter)
+    return [
+        item for item in gc.get_objects() if type(item) in kinds and _lies_in(item, retired.address, retired.nbytes)
+    ]
 
 
 def _lies_in(tensor: torch.Tensor, address: int, nbytes: int) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from hotglm.errors import ArgumentError, MemoryPlanError
@@ -101,7 +101,8 @@ class ArenaPool:
     def __init__(self) -> None:
         """Start with no memory."""
         self._arenas: list[Arena] = []
-        self._given_up: list[Arena] = []
+        # What tells that the last holder let go, and bytes; no arena, so that it can unmap itself then.
+        self._given_up: list[tuple[Callable[[], object | None], int]] = []
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +112,7 @@ class ArenaPool:
     @property
     def given_up_nbytes(self) -> int:
         """Bytes in arenas that only outsiders still hold."""
-        return sum(arena.nbytes for arena in list(self._given_up) if not arena.is_free)
+        return sum(nbytes for lease, nbytes in list(self._given_up) if lease() is not None)
 
     def find_free(self, nbytes: int) -> Arena | None:
         """Return the smallest free arena that holds `nbytes`, or None."""
@@ -125,7 +126,7 @@ class ArenaPool:
             MemoryPlanError: the system has no such memory.
         """
         self._arenas = [arena for arena in self._arenas if not arena.is_free or arena.nbytes >= nbytes]
-        self._given_up = [arena for arena in self._given_up if not arena.is_free]
+        self._given_up = [(lease, held) for lease, held in self._given_up if lease() is not None]
         arena = Arena(nbytes)
         self._arenas.append(arena)
         return arena
@@ -134,7 +135,7 @@ class ArenaPool:
         """Leave an arena to those who hold it; it unmaps itself when they let go."""
         if arena in self._arenas:
             self._arenas.remove(arena)
-            self._given_up.append(arena)
+            self._given_up.append((arena.watch, arena.nbytes))
 
     def trim(self, keep: Iterable[Arena]) -> None:
         """Drop free arenas other than `keep`, so that a slot at rest holds no memory it has no use for."""

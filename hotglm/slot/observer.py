@@ -49,8 +49,7 @@ def find_holders(core: SlotCore) -> tuple[Holder, ...]:
         if retired.is_free:
             continue
         found += core.spares.find_runners(retired)
-        address, nbytes = (retired.arena.address, retired.arena.nbytes) if retired.arena is not None else (0, 0)
-        found += find_references(retired.module, address=address, nbytes=nbytes, number=retired.number)
+        found += find_references(retired)
     return tuple(found)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from hotglm.slot.memory import MemoryPlan
@@ -71,7 +70,7 @@ class Receipt:
     new_number: int
     source: str = ""
     digest: str | None = None
-    digests: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    digests: Mapping[str, str] = field(default_factory=dict)
     verdict: Verdict | None = None
     plan: MemoryPlan | None = None
     timings: tuple[StageTiming, ...] = ()

@@ -9,8 +9,8 @@ Rules this module keeps:
 
 from __future__ import annotations
 
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,10 +65,12 @@ class Staged:
             raise ValueError("a stage that was not decided and planned cannot be staged")
         self.owner = owner
         self._on_discard = on_discard
-        self._lock = threading.Lock()
+        # Whoever pops the one token ends the stage: one atomic step, so there is no lock to wait for, to forget in a
+        # fork, or to meet again in a finaliser that discards while a commit is claiming.
+        self._token = deque([generation.number])
         self._generation: Generation | None = generation
         self._state = State.STAGED
-        self._reason = ""
+        self._reason = "has ended"
         self.base = base
         self.source = record.source
         self.version = generation.version
@@ -131,25 +133,26 @@ class Staged:
         Raises:
             DiscardedError, SupersededError: it is no longer staged.
         """
-        with self._lock:
-            if self._state is not State.STAGED:
-                raise self._spent()
-            self._state, self._reason = State.LIVE_ON_TRIAL, "was committed already"
+        if not self._take_token():
+            raise self._spent()
+        self._state, self._reason = State.LIVE_ON_TRIAL, "was committed already"
 
     def release(self) -> None:
         """Let go of the generation after the commit, so that keeping this object keeps no memory."""
         self._generation = None
 
-    def reset_lock_after_fork(self) -> None:
-        """Replace the lock in a forked child, where the thread that may have held it does not exist."""
-        self._lock = threading.Lock()
+    def _take_token(self) -> bool:
+        try:
+            self._token.pop()
+        except IndexError:
+            return False
+        return True
 
     def _end(self, reason: str) -> bool:
-        with self._lock:
-            if self._state is not State.STAGED:
-                return False
-            self._state, self._reason, self._generation = State.DISCARDED, reason, None
-            return True
+        if not self._take_token():
+            return False
+        self._state, self._reason, self._generation = State.DISCARDED, reason, None
+        return True
 
     def _spent(self) -> SlotStateError:
         kind = SupersededError if "superseded" in self._reason else DiscardedError

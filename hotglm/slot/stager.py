@@ -62,8 +62,6 @@ class Stager:
         self._in_flight: Cancellation | None = None
         self._threads = set()
         self._spares.reset_lock_after_fork()
-        if self.staged is not None:
-            self.staged.reset_lock_after_fork()
 
     @property
     def staged(self) -> Staged | None:
@@ -78,20 +76,28 @@ class Stager:
             ReentrantError: the calling thread is inside a stage of this slot.
         """
         self._verify_not_inside()
-        cancellation = Cancellation()
-        with self._gate:
-            if self._in_flight is not None:
-                self._in_flight.cancel(self._superseded(what))
-        with self._turn:
+        cancellation, thread = Cancellation(), threading.get_ident()
+        try:
+            # Before the first lock: a finaliser that the garbage collector runs in this thread from here on, and that
+            # asks for an update, is refused instead of waiting for the thread it interrupts. Inside the `try`: an
+            # interrupt may come as soon as `add` returns (tests/test_commit_faults.py).
+            self._threads.add(thread)
             with self._gate:
-                self._in_flight = cancellation if can_be_superseded else None
-            try:
-                self._threads.add(threading.get_ident())
-                yield cancellation
-            finally:
-                self._threads.discard(threading.get_ident())
+                if self._in_flight is not None:
+                    self._in_flight.cancel(self._superseded(what))
+            with self._turn:
                 with self._gate:
-                    self._in_flight = None
+                    self._in_flight = cancellation if can_be_superseded else None
+                try:
+                    yield cancellation
+                finally:
+                    # A caller that was interrupted while its stage's thread started leaves that thread behind; whoever
+                    # has the next turn must not meet it.
+                    cancellation.cancel(self._superseded("the next one, because nobody waits for this one"))
+                    with self._gate:
+                        self._in_flight = None
+        finally:
+            self._threads.discard(thread)
 
     def discard_latest(self, *, by: str) -> Staged | None:
         """Supersede the stage that waits for its commit; return it if there was one."""

@@ -113,13 +113,13 @@ class _Stage:
             layout = lay_out(entries)
             record.plan = self._spares.plan(layout.nbytes)
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up
-                rebind(code.module, constants=self._request.constants)
+                rebind(code.module, constants=self._constants())
         with record.timed("memory"):
             taken = self._spares.take(record.plan, cancellation=cancellation)
             if taken.is_fresh:
                 self._populate(taken.arena)
         with record.timed("copy"):
-            twin = copy_module(code.module, layout=layout, lease=taken.lease, constants=self._request.constants)
+            twin = copy_module(code.module, layout=layout, lease=taken.lease, constants=self._constants())
             record.carried = twin.carried
             self._carry_over(entries, twin)
         loaded = self._load(twin, layout, taken.lease, entries)
@@ -176,6 +176,15 @@ class _Stage:
         for entry in entries:
             if not entry.persistent:
                 twin.views[entry.name].copy_(entry.tensor.detach())
+
+    def _constants(self) -> tuple[str, ...]:
+        """Return the patterns of derived state that needs no declaration of its own.
+
+        What a module holds was computed from that module's own weights, which it is staged with; and whoever passes a
+        `refresh` function for somebody else's model answers for all of it.
+        """
+        covers_all = self._offer.module is not None or self._request.refresh is not None
+        return ("*",) if covers_all else self._request.constants
 
     def _load(self, twin: Twin, layout: Layout, lease: Lease, entries: list[StateEntry]) -> Loaded:
         targets = _find_targets(twin, layout, entries)

@@ -112,6 +112,11 @@ class Arena:
         return ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
     @property
+    def watch(self) -> Callable[[], object | None]:
+        """A function that returns None once nobody holds the latest lease any more; see `Lease.watch`."""
+        return self._lease if self._lease is not None else lambda: None
+
+    @property
     def is_free(self) -> bool:
         """Whether no tensor over this memory is left anywhere in the process."""
         return self._lease is None or self._lease() is None
