@@ -130,7 +130,7 @@ def at_most(ratio: float, limit: float) -> bool:
 
 
 def alternate(sides: dict[str, Callable[[], float]], *, rounds: int) -> dict[str, Sample]:
-    """Measure every side once a round; each round begins with another side, so that drift and neighbours hit all alike."""
+    """Measure every side once a round; each round begins with another one, so that drift and neighbours hit all."""
     names = list(sides)
     values: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):

@@ -61,7 +61,7 @@ def _make_rows(num_threads: int, *, slot: Sample, lock: Sample) -> list[Row]:
             ratio_name="hotglm / 200 ns",
             target="< 200 ns",
             met=slot.median < _LIMIT_S,
-            note="added to module(x), median of paired rounds; below zero means that the slot skips a frame of nn.Module",
+            note="added to module(x), in paired rounds; below zero because the slot skips a frame that nn.Module makes",
         ),
         Row(
             group="call",
@@ -137,7 +137,9 @@ def _call(x: torch.Tensor, num_calls: int, module: Callable[[torch.Tensor], obje
         module(x)
 
 
-def _call_locked(x: torch.Tensor, num_calls: int, module: Callable[[torch.Tensor], object], lock: threading.Lock) -> None:
+def _call_locked(
+    x: torch.Tensor, num_calls: int, module: Callable[[torch.Tensor], object], lock: threading.Lock
+) -> None:
     for _ in repeat(None, num_calls):
         with lock:
             module(x)

@@ -1,8 +1,8 @@
 """How long a commit takes, against `load_state_dict` on the live model from a dict that is in memory already.
 
-Both sides start from weights that are there. Before each timed step the caches are filled with something else, because a
-service's pass would have done that, and because a commit of a small model must not look quicker for having been staged
-into a warm cache.
+Both sides start from weights that are there. Before each timed step the caches are filled with something else,
+because a service's pass would have done that, and because a commit of a small model must not look quicker for having
+been staged into a warm cache.
 """
 
 from __future__ import annotations

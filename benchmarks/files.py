@@ -26,9 +26,7 @@ class WeightsOnDisk:
     num_tensors: int
 
 
-def make_weights(
-    bench: Bench, *, nbytes: int, num_tensors: int, seed: int = 1, pickled: bool = False
-) -> WeightsOnDisk:
+def make_weights(bench: Bench, *, nbytes: int, num_tensors: int, seed: int = 1, pickled: bool = False) -> WeightsOnDisk:
     """Write a file of weights, unless an earlier row has; return where it is."""
     path = os.path.join(bench.directory, f"{nbytes}-{num_tensors}-{seed}.safetensors")
     if not os.path.exists(path) or (pickled and not os.path.exists(f"{path}.pt")):

@@ -1,8 +1,8 @@
 """What 200 updates, with a rollback every tenth, leave in memory, and how much they need at most.
 
-Measured from outside the library: resident memory of the process by `/proc/self/status`, less what it was before there was
-a model. The peak is the kernel's own high-water mark, set back when the model is in the slot. The peer is the usual way of
-having a second version ready: build another model, load the file into it, replace the reference.
+Measured from outside the library: resident memory of the process by `/proc/self/status`, less what it was before
+there was a model. The peak is the kernel's own high-water mark, set back when the model is in the slot. The peer is
+the usual way of having a second version ready: build another model, load the file into it, replace the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import hotglm
 from benchmarks.bench import MIB, Bench, Row, Sample, at_most, describe_size
 from benchmarks.files import make_weights
-from benchmarks.models import Stack
+from benchmarks.models import Stack, find_side
 from benchmarks.worker import ask_once
 
 __all__ = ["Keeper", "measure"]
@@ -32,7 +32,8 @@ _WARM_UPDATES = 10
 def measure(bench: Bench) -> list[Row]:
     """Return a row for the growth and one for the peak."""
     options = [
-        asdict(make_weights(bench, nbytes=bench.size(256 * MIB), num_tensors=_NUM_TENSORS, seed=seed)) for seed in (1, 2)
+        asdict(make_weights(bench, nbytes=bench.size(256 * MIB), num_tensors=_NUM_TENSORS, seed=seed))
+        for seed in (1, 2)
     ]
     layout = {**options[0], "paths": [option.pop("path") for option in options]}
     del layout["path"]
@@ -94,7 +95,7 @@ class Keeper:
         self._paths = paths
         self._layout = {"nbytes": nbytes, "num_tensors": num_tensors}
         self._num_updates = num_updates
-        small = Stack(nbytes=4096, num_tensors=2)
+        small = _make(nbytes=4096, num_tensors=2)
         slot = hotglm.ModuleSlot(small, version="1.0.0", memory=hotglm.MemoryPolicy(small_nbytes=0))
         for _ in range(3):
             slot.update({name: tensor.clone() for name, tensor in small.state_dict().items()})
@@ -105,8 +106,8 @@ class Keeper:
 
     def update_slot(self) -> dict[str, Any]:
         """Return resident bytes after every update, the peak, and the bytes of the weights."""
-        slot = hotglm.ModuleSlot(self._make(), version="1.0.0")
-        x = torch.zeros(1, slot.live.module.side)  # type: ignore[arg-type]  # a Stack's width
+        slot = hotglm.ModuleSlot(_make(**self._layout), version="1.0.0")
+        x = torch.zeros(1, find_side(**self._layout))
 
         def step(index: int) -> None:
             slot.update(self._paths[index % 2], version=f"1.0.{index + 1}")
@@ -119,7 +120,7 @@ class Keeper:
 
     def replace_model(self) -> dict[str, Any]:
         """Return the same for the peer."""
-        live = [self._make()]
+        live = [_make(**self._layout)]
 
         def step(index: int) -> None:
             fresh = Stack(**self._layout)
@@ -128,12 +129,6 @@ class Keeper:
             live[0](torch.zeros(1, fresh.side))
 
         return self._run(step)
-
-    def _make(self) -> Stack:
-        module = Stack(**self._layout)
-        for parameter in module.parameters():
-            torch.nn.init.zeros_(parameter)  # memory that was never written would not count
-        return module
 
     def _run(self, step: Callable[[int], None]) -> dict[str, Any]:
         after: list[int] = []
@@ -144,6 +139,13 @@ class Keeper:
             after.append(_read_status("VmRSS") - self._baseline)
         weights = sum(tensor.nbytes for tensor in load_file(self._paths[0]).values())
         return {"after": after, "peak": _read_status("VmHWM") - self._baseline, "weights": weights}
+
+
+def _make(*, nbytes: int, num_tensors: int) -> Stack:
+    module = Stack(nbytes=nbytes, num_tensors=num_tensors)
+    for parameter in module.parameters():
+        torch.nn.init.zeros_(parameter)  # memory that was never written would not count
+    return module
 
 
 def _read_status(key: str) -> int:

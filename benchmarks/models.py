@@ -24,8 +24,9 @@ class Stack(nn.Module):
         """Allocate the layers; what is in them is whatever was in memory, until a state is loaded."""
         super().__init__()
         self.side = find_side(nbytes=nbytes, num_tensors=num_tensors)
-        layers = [nn.utils.skip_init(nn.Linear, self.side, self.side, bias=False) for _ in range(num_tensors)]
-        self.layers = nn.ModuleList(layers)
+        with torch.device("meta"):
+            self.layers = nn.ModuleList(nn.Linear(self.side, self.side, bias=False) for _ in range(num_tensors))
+        self.to_empty(device="cpu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the stack; x: (batch, side)."""

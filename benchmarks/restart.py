@@ -1,9 +1,9 @@
 """Time without answers: a swap, against a restart of the same service with the other file.
 
-The service is a process of its own that loads its weights and answers requests over a socket. Clients ask without pause.
-The figure is the longest time between two answers, whoever got them, around the change; where nothing changes it is the
-length of a pass or two, which is what the control says. A request is lost if it was sent and got no answer, or could not
-be sent.
+The service is a process of its own that loads its weights and answers requests over a socket. Clients ask without
+pause. The figure is the longest time between two answers, whoever got them, around the change; where nothing changes
+it is the length of a pass or two, which is what the control says. A request is lost if it was sent and got no answer,
+or could not be sent.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Self
 
 from benchmarks.bench import MIB, Bench, Row, Sample, at_least, describe_size
 from benchmarks.files import WeightsOnDisk, make_weights, warm_cache
@@ -51,7 +53,9 @@ def measure(bench: Bench) -> list[Row]:
                 gaps[name].append(tally.longest_gap_s)
                 lost[name] += tally.num_lost
                 requests[name] += len(tally.answers_s)
-    return _make_rows(describe_size(old.nbytes), {name: Sample.of(values) for name, values in gaps.items()}, lost, requests)
+    return _make_rows(
+        describe_size(old.nbytes), {name: Sample.of(values) for name, values in gaps.items()}, lost, requests
+    )
 
 
 def _make_rows(size: str, gaps: dict[str, Sample], lost: dict[str, int], requests: dict[str, int]) -> list[Row]:
@@ -82,7 +86,7 @@ def _make_rows(size: str, gaps: dict[str, Sample], lost: dict[str, int], request
             ratio_name="lost with the swap",
             target="0",
             met=lost["swap"] == 0,
-            note=f"of {requests['swap']} answered around swaps and {requests['restart']} around restarts; clients do not retry",
+            note=f"{requests['swap']} answered at swaps, {requests['restart']} around restarts; clients try each 5 ms",
         ),
     ]
 
@@ -118,7 +122,7 @@ class _Service:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait()
 
-    def __enter__(self) -> _Service:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,7 +140,7 @@ class _Tally:
     @property
     def longest_gap_s(self) -> float:
         times = sorted(self.answers_s)
-        return max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+        return max(later - earlier for earlier, later in pairwise(times))
 
 
 def _ask_during(address: str, change: Callable[[], None]) -> _Tally:

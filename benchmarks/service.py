@@ -23,17 +23,17 @@ __all__ = ["main"]
 class _Handler(socketserver.StreamRequestHandler):
     """One client, in a thread of its own."""
 
-    server: _Server
-
     def handle(self) -> None:
         """Answer line by line until the client leaves."""
+        server = self.server
+        assert isinstance(server, _Server)
         for line in self.rfile:
             word, _, path = line.decode().strip().partition(" ")
             if word == "update":
-                self.server.slot.update(path)
+                server.slot.update(path)
             else:
                 with torch.no_grad():
-                    self.server.slot(self.server.x)
+                    server.slot(server.x)
             self.wfile.write(b"done\n")
 
 

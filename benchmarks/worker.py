@@ -2,8 +2,8 @@
 
 Rules this module keeps:
 
-- One line of JSON asks for one method of one object, one line answers. Requests are made one at a time, so that children
-  that are measured against each other take turns and never run side by side.
+- One line of JSON asks for one method of one object, one line answers. Requests are made one at a time, so that
+  children that are measured against each other take turns and never run side by side.
 - Nothing but answers is written to the pipe: what the child prints goes to standard error.
 - A child that fails ends, and its parent raises with the child's words.
 """

@@ -6,13 +6,14 @@ import asyncio
 import tempfile
 import threading
 import time
+from typing import cast
 
 import pytest
 import torch
 
 import hotglm
 from hotglm.errors import HotglmError
-from support.faulty_seam import hooked, only_nth
+from support.faulty_seam import hooked, only_nth, pause
 from support.universal import Chain, make_state
 
 X = torch.arange(8.0)
@@ -25,18 +26,16 @@ def make(number: int) -> Chain:
 
 
 def expected(number: int) -> torch.Tensor:
-    return make(number)(X)
+    return cast("torch.Tensor", make(number)(X))
 
 
 @pytest.fixture
 def slot() -> hotglm.ModuleSlot:
-    return hotglm.ModuleSlot(
-        make(0), name="chain", version="1.0.0", memory=hotglm.MemoryPolicy(drain_timeout_s=0.01)
-    )
+    return hotglm.ModuleSlot(make(0), name="chain", version="1.0.0", memory=hotglm.MemoryPolicy(drain_timeout_s=0.01))
 
 
 def test_a_session_holds_one_generation_across_await(slot: hotglm.ModuleSlot) -> None:
-    """A coroutine that holds a session sees its generation after every await, while others update and see the new ones."""
+    """A coroutine in a session sees its generation after every await, while others update and see the new ones."""
 
     async def hold(started: asyncio.Event, go_on: asyncio.Event) -> None:
         with slot.acquire() as generation:
@@ -85,7 +84,7 @@ def test_a_cancelled_task_lets_its_session_go(slot: hotglm.ModuleSlot) -> None:
 
 
 def test_a_cancelled_update_comes_to_its_end_in_its_thread(slot: hotglm.ModuleSlot) -> None:
-    """Cancelling the await of an update cancels nothing in its thread: it commits whole, and the next update follows it."""
+    """Cancelling the await of an update cancels nothing in its thread: it commits whole, and the next one follows."""
     reached, wakes = threading.Event(), threading.Event()
 
     def wait_inside(module: torch.nn.Module) -> None:
@@ -124,10 +123,13 @@ def test_the_loop_is_not_blocked_while_a_version_is_read(slot: hotglm.ModuleSlot
         await task
         return turns
 
-    with torch.no_grad(), hooked(only_nth("preadv", 1, lambda args: (reached.set(), wakes.wait(30)) and None)):
-        with tempfile.TemporaryDirectory() as directory:
-            hotglm.save_weights(make_state(1), f"{directory}/one.safetensors", version="1.0.1")
-            assert asyncio.run(main(f"{directory}/one.safetensors")) == 100
+    with (
+        torch.no_grad(),
+        hooked(only_nth("preadv", 1, pause(reached, wakes))),
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        hotglm.save_weights(make_state(1), f"{directory}/one.safetensors", version="1.0.1")
+        assert asyncio.run(main(f"{directory}/one.safetensors")) == 100
     assert slot(X).equal(expected(1))
 
 

@@ -176,7 +176,7 @@ def test_a_golden_that_cannot_be_run_is_a_mismatch(world: World) -> None:
     assert "RuntimeError" in str(outcome.refusal)
 
 
-# -- the user's own checks -----------------------------------------------------------------------------------------------
+# -- the user's own checks ---------------------------------------------------------------------------------------------
 
 
 def raise_key_error(module: nn.Module) -> None:
@@ -210,9 +210,7 @@ def test_a_check_that_does_not_say_yes_has_failed(world: World, name: str) -> No
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-def test_a_check_that_wants_to_end_the_program_is_heard_and_changes_nothing(
-    world: World, error: BaseException
-) -> None:
+def test_a_check_that_wants_to_end_the_program_is_heard_and_changes_nothing(world: World, error: BaseException) -> None:
     """I02: what is no Exception goes on to the caller as it is; the slot is as it was."""
 
     def end(module: nn.Module) -> None:
@@ -280,7 +278,7 @@ def test_a_check_may_not_update_the_slot_it_is_part_of(world: World) -> None:
     assert isinstance(outcome.refusal.__cause__, ReentrantError)
 
 
-# -- warm-up -------------------------------------------------------------------------------------------------------------
+# -- warm-up -----------------------------------------------------------------------------------------------------------
 
 
 class ModeRecorder(nn.Module):
@@ -311,7 +309,9 @@ def test_warm_up_runs_in_the_modes_of_the_caller(context: Callable[[], Any], mod
     """P10: passes of the stage run in the grad, inference and autocast mode of the thread that staged."""
     slot = hotglm.ModuleSlot(ModeRecorder(), name="modes", version="1.0.0")
     ModeRecorder.seen.clear()
-    policy = hotglm.StagePolicy(warm_up=(torch.ones(2),), goldens=(hotglm.Golden(inputs=torch.ones(2), outputs=X[1:2] + X[:2] * 0),))
+    policy = hotglm.StagePolicy(
+        warm_up=(torch.ones(2),), goldens=(hotglm.Golden(inputs=torch.ones(2), outputs=X[1:2] + X[:2] * 0),)
+    )
     with context():
         slot.update({"weight": torch.ones(2)}, version="1.0.1", policy=policy)
     assert ModeRecorder.seen == [modes, modes]
@@ -327,7 +327,7 @@ def test_a_warm_up_that_raises_changes_nothing(world: World) -> None:
 
 
 def test_a_policy_that_cannot_be_meant_is_refused_with_the_fields() -> None:
-    """Threads, times and priorities out of range, a bare tensor as warm-up and checks that cannot be called are named."""
+    """Threads, times and priorities out of range, a bare tensor as warm-up and uncallable checks are named."""
     bad: dict[str, Any] = {
         "num_threads": 0, "nice": 20, "timeout_s": 0.0, "checks": (3,), "warm_up": X,
     }  # fmt: skip

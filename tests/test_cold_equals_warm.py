@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
-from support.swaps import build, same_bits, same_state
-from support.zoo import ZOO
 from torch import nn
 
 import hotglm
+from support.swaps import build, same_bits, same_state
+from support.zoo import ZOO
 
 KINDS = pytest.mark.parametrize("kind", ZOO)
 
@@ -165,7 +165,7 @@ def test_no_kind_of_model_needs_a_declaration(kind: str) -> None:
 
 def test_a_swap_to_another_dtype_is_a_cold_start_in_that_dtype() -> None:
     """With `convert_dtypes`, float32 weights in a bfloat16 slot are those of `module.bfloat16()`."""
-    maker = build(lambda: ZOO["mlp"][0]())
+    maker = build(ZOO["mlp"][0])
     policy = hotglm.StagePolicy(convert_dtypes=True)
     slot = hotglm.ModuleSlot(maker(1).bfloat16(), name="model", version="1.0.0", policy=policy)
     receipt = slot.update(maker(2).state_dict(), version="1.0.1")

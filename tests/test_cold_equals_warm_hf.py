@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.swaps import build, same_bits, same_state
 from torch import nn
 
 import hotglm
 from hotglm.errors import IncompatibleError, StaleStateError
+from support.swaps import build, same_bits, same_state
 
 transformers = pytest.importorskip("transformers")
 

@@ -21,7 +21,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def good_header() -> tuple[dict[str, object], int]:
-    names = {}
+    names: dict[str, tuple[str, tuple[int, ...]]] = {}
     for index in range(DEPTH):
         names[f"layers.{index}.weight"] = ("F32", (WIDTH, WIDTH))
         names[f"layers.{index}.bias"] = ("F32", (WIDTH,))
@@ -136,8 +136,7 @@ def test_every_truncation_is_refused(world: World) -> None:
             bad.write_bytes(data[:length])
             with pytest.raises(SourceError) as caught:
                 world.slot.update(bad)
-            last = caught.value
-        outcome.error = last
+            outcome.error = caught.value
 
 
 def test_every_flipped_bit_is_refused(world: World) -> None:

@@ -1,12 +1,13 @@
 """FAULTS group D, the reading side: files that change, shrink, vanish or fail while they are read and after.
 
-Rows of the writing side (D09 to D13, D16 to D18: publishing, crashes, stores) belong to releases on disk and are not here.
+Rows of the writing side (D09 to D13, D16 to D18: publishing, crashes, stores) belong to releases on disk: not here.
 D08 (a sealed copy) is answered by having none: weights lie in private anonymous memory, which nobody can open.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import resource
@@ -68,7 +69,7 @@ def append(path: Path) -> None:
 def test_a_source_that_is_spoilt_after_it_was_loaded_changes_nothing(
     world: World, spoil: Callable[[Path], object]
 ) -> None:
-    """D01, D03, D04: once loaded, the source may be cut, overwritten, replaced or removed: passes go on, bit for bit."""
+    """D01, D03, D04: once loaded, the source may be cut, overwritten, replaced or removed; passes go on alike."""
     number, path = world.write(name="spoilt.safetensors")
     world.publish(number)
     world.slot.update(path)
@@ -80,16 +81,20 @@ def test_a_source_that_is_spoilt_after_it_was_loaded_changes_nothing(
         world.slot.update(path)
 
 
+def lies_in(address: int, span: str) -> bool:
+    """Tell whether `address` lies in a span as /proc writes it."""
+    start, stop = (int(end, 16) for end in span.split("-"))
+    return start <= address < stop
+
+
 def test_live_weights_are_private_memory_that_no_file_backs(world: World) -> None:
     """D08, P5: every live tensor lies in a private anonymous mapping, and no mapping of a source is left."""
     world.update()
     lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
-    spans = [(*(int(end, 16) for end in parts[0].split("-")), parts[1], parts[5:]) for parts in lines]
     for parameter in world.slot.live.module.parameters():
-        address = parameter.data_ptr()
-        mode, name = next((mode, name) for start, stop, mode, name in spans if start <= address < stop)
-        assert mode.endswith("p")
-        assert name in ([], ["[anon]"])
+        own = next(parts for parts in lines if lies_in(parameter.data_ptr(), parts[0]))
+        assert own[1].endswith("p")
+        assert own[5:] in ([], ["[anon]"])
     assert not any(str(world.directory) in part for parts in lines for part in parts)
 
 
@@ -102,8 +107,8 @@ def read_little(args: tuple[Any, ...]) -> object:
     return os.preadv(fd, [views[0][:STEP]], offset)
 
 
-def at_call(number: int, meddle: Callable[[], object]) -> Hook:
-    """Return a hook that meddles before the `number`th call of any kind, and makes reads small."""
+def at_call(number: int, meddle: Callable[[], object], *, seen: list[int]) -> Hook:
+    """Return a hook that meddles before the `number`th call of any kind, notes it in `seen`, and makes reads small."""
     lock, total = threading.Lock(), [0]
 
     def hook(kind: str, count: int, args: tuple[Any, ...]) -> object:
@@ -111,6 +116,7 @@ def at_call(number: int, meddle: Callable[[], object]) -> Hook:
             total[0] += 1
             is_now = total[0] == number
         if is_now:
+            seen.append(number)
             meddle()
         return read_little(args) if kind == "preadv" else None
 
@@ -148,8 +154,8 @@ SPOILS: dict[str, Callable[[bytes], Callable[[Path], object]]] = {
 def test_a_source_that_is_spoilt_at_any_moment_is_refused_or_loaded_whole(world: World, spoil: str) -> None:
     """D02, D05: before every single call of a load in turn, the file is spoilt.
 
-    Each time the update is refused with a typed error, or brings one whole version, the old bytes or the new ones, never a
-    mixture: what overwrites a file and leaves size and time as they were is caught by the digests that the file carries.
+    Each time the update is refused with a typed error, or brings one whole version, the old bytes or the new ones,
+    never a mixture: what overwrites a file and leaves size and time as they were is caught by the file's digests.
     """
     outcomes = set()
     for call in range(1, MAX_CALLS):
@@ -158,11 +164,13 @@ def test_a_source_that_is_spoilt_at_any_moment_is_refused_or_loaded_whole(world:
         change = SPOILS[spoil](other_path.read_bytes())
         world.publish(number)
         world.publish(other)
-        seen: list[str] = []
-        hook = at_call(call, lambda: (seen.append("spoilt"), change(path)))  # noqa: B023 - called within this round
-        with universal(world, HotglmError, may_pass=True) as outcome:
-            with hooked(hook):
-                world.slot.update(path)
+        seen: list[int] = []
+        hook = at_call(call, functools.partial(change, path), seen=seen)
+        with (
+            universal(world, HotglmError, may_pass=True) as outcome,
+            hooked(hook),
+        ):
+            world.slot.update(path)
             answer = world.answer()
             assert answer.equal(world.expected(number)) or answer.equal(world.expected(other))
         outcomes.add(type(outcome.error))
@@ -178,23 +186,20 @@ def test_a_source_that_is_spoilt_at_any_moment_is_refused_or_loaded_whole(world:
 
 
 def test_digests_of_the_caller_catch_what_the_clock_cannot(world: World) -> None:
-    """D05: a file without digests, overwritten within one tick of the clock, is caught by digests that the caller has."""
+    """D05: a file without digests, overwritten within one tick of the clock, is caught by the caller's digests."""
     number, path = world.write(name="spoilt.safetensors")
     digests = hotglm.save_weights(world.state(number), world.directory / "whole.tmp")
     header, data = split_file(path.read_bytes())
     plain = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
     for call in range(1, MAX_CALLS):
         path.write_bytes(make_file(plain, data))
-        seen: list[str] = []
-
-        def meddle() -> None:
-            seen.append("spoilt")  # noqa: B023 - called within this round
-            keep_times(path, write_other(make_file(plain, bytes(len(data)))))
+        seen: list[int] = []
+        meddle = functools.partial(keep_times, path, write_other(make_file(plain, bytes(len(data)))))
 
         with universal(world, SourceError, may_pass=True) as outcome:
             world.publish(number)
-            with hooked(at_call(call, meddle)):
-                world.slot.update(path, version=f"1.1.{number}" if not seen else None, digests=digests)
+            with hooked(at_call(call, meddle, seen=seen)):
+                world.slot.update(path, version=f"1.1.{number}", digests=digests)
         if not seen:
             return
         assert outcome.error is None or isinstance(outcome.error, DigestMismatchError)
@@ -209,12 +214,14 @@ def test_a_shard_that_is_spoilt_at_any_moment_is_refused_or_loaded_whole(world: 
         other_bytes = (source / "b.safetensors").read_bytes()
         number, source = write_sharded(world)
         world.publish(number)
-        seen: list[str] = []
+        seen: list[int] = []
         change = SPOILS[spoil](other_bytes)
-        hook = at_call(call, lambda: (seen.append("spoilt"), change(source / "b.safetensors")))  # noqa: B023
-        with universal(world, SourceError, may_pass=True) as outcome:
-            with hooked(hook):
-                world.slot.update(source)
+        hook = at_call(call, functools.partial(change, source / "b.safetensors"), seen=seen)
+        with (
+            universal(world, SourceError, may_pass=True) as outcome,
+            hooked(hook),
+        ):
+            world.slot.update(source)
             assert world.answer().equal(world.expected(number))
         assert other != number
         if not seen:
@@ -223,7 +230,7 @@ def test_a_shard_that_is_spoilt_at_any_moment_is_refused_or_loaded_whole(world: 
     pytest.fail("the sweep did not come to its end")
 
 
-# -- what is not the weights that were promised --------------------------------------------------------------------------
+# -- what is not the weights that were promised ------------------------------------------------------------------------
 
 
 def test_a_hole_in_the_file_is_found_by_its_digest(world: World) -> None:
@@ -247,21 +254,23 @@ def test_what_is_no_regular_file_is_refused_at_once(world: World, tmp_path: Path
         world.slot.update(tmp_path / "pipe.safetensors")
 
 
-# -- an operating system that cannot ------------------------------------------------------------------------------------
+# -- an operating system that cannot -----------------------------------------------------------------------------------
 
 
 def test_a_read_slower_than_the_policy_allows_is_given_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D07: a disk that hangs ends in LOAD_TIMEOUT; the thread in the read stops at its next chunk when the disk wakes."""
+    """D07: a disk that hangs ends in LOAD_TIMEOUT; the thread in the read stops when the disk wakes."""
     monkeypatch.setattr(stager, "_STOP_GRACE_S", 0.01)
     _, path = world.write()
     wakes = threading.Event()
     policy = hotglm.StagePolicy(timeout_s=0.05)
-    with universal(world, StageTimeoutError, code="LOAD_TIMEOUT"):
-        with hooked(only_nth("preadv", 1, lambda args: wakes.wait(30) and None)):
-            try:
-                world.slot.update(path, policy=policy)
-            finally:
-                wakes.set()
+    with (
+        universal(world, StageTimeoutError, code="LOAD_TIMEOUT"),
+        hooked(only_nth("preadv", 1, lambda args: wakes.wait(30) and None)),
+    ):
+        try:
+            world.slot.update(path, policy=policy)
+        finally:
+            wakes.set()
 
 
 def test_an_error_in_the_middle_names_the_offset_it_had_come_to(world: World) -> None:
@@ -277,9 +286,8 @@ def test_an_error_in_the_middle_names_the_offset_it_had_come_to(world: World) ->
         fd, views, offset = args
         return os.preadv(fd, [views[0][:10]], offset)
 
-    with universal(world, SourceReadError, code="IO_ERROR", file=path, offset=start + 20) as outcome:
-        with hooked(hook):
-            world.slot.update(path)
+    with universal(world, SourceReadError, code="IO_ERROR", file=path, offset=start + 20) as outcome, hooked(hook):
+        world.slot.update(path)
     assert outcome.refusal.errno == errno.EIO  # type: ignore[attr-defined]
 
 
@@ -320,9 +328,11 @@ def test_a_stale_handle_is_tried_again_and_then_refused(world: World) -> None:
         world.slot.update(path)
     assert world.answer().equal(world.expected(number))
     always = fail_with("open", lambda: OSError(errno.ESTALE, "stale"))
-    with universal(world, SourceReadError, code="STALE_HANDLE", file=path):
-        with hooked(lambda kind, count, args: always(args) if kind == "open" else None):
-            world.slot.update(path)
+    with (
+        universal(world, SourceReadError, code="STALE_HANDLE", file=path),
+        hooked(lambda kind, count, args: always(args) if kind == "open" else None),
+    ):
+        world.slot.update(path)
 
 
 @pytest.mark.parametrize("change", [-8, 8, -100_000])
@@ -337,15 +347,16 @@ def test_a_size_that_a_file_system_remembered_wrongly_is_refused(world: World, c
         status[6] = max(0, status[6] + change)
         return os.stat_result(status)
 
-    with universal(world, SourceError, file=path):
-        with hooked(hook):
-            world.slot.update(path)
+    with universal(world, SourceError, file=path), hooked(hook):
+        world.slot.update(path)
 
 
 def test_changed_while_read_says_how_to_publish(world: World) -> None:
     """The remedy for a source that changes under the reader is to rename a new file into its place."""
     _, path = world.write()
-    with universal(world, SourceChangedError, code="SOURCE_CHANGED", file=path) as outcome:
-        with hooked(only_nth("preadv", 1, lambda args: append(path))):
-            world.slot.update(path)
+    with (
+        universal(world, SourceChangedError, code="SOURCE_CHANGED", file=path) as outcome,
+        hooked(only_nth("preadv", 1, lambda args: append(path))),
+    ):
+        world.slot.update(path)
     assert "renam" in outcome.refusal.remedy

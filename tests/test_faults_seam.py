@@ -1,4 +1,4 @@
-"""FAULTS K06: the Nth call of every kind to the operating system fails, for every N until an update comes through clean.
+"""FAULTS K06: the Nth call of every kind to the operating system fails, for every N until an update comes through.
 
 After each failure the universal post-conditions hold (`support.universal`): the live generation serves, bit for bit.
 """
@@ -64,9 +64,11 @@ def test_the_nth_reading_call_that_fails_is_a_typed_refusal(world: World, kind: 
     for number in range(1, MAX_CALLS):
         version, source = write_sharded(world)
         world.publish(version)
-        with universal(world, kinds, may_pass=True) as outcome:
-            with hooked(only_nth(kind, number, fail_with(kind, FAULTS[fault]))) as seen:
-                world.slot.update(source)
+        with (
+            universal(world, kinds, may_pass=True) as outcome,
+            hooked(only_nth(kind, number, fail_with(kind, FAULTS[fault]))) as seen,
+        ):
+            world.slot.update(source)
         if seen.counts[kind] < number:
             assert number > 1
             return
@@ -80,9 +82,11 @@ def test_the_nth_reading_call_that_is_interrupted_is_made_again(world: World, ki
     for number in range(1, MAX_CALLS):
         version, source = write_sharded(world)
         world.publish(version)
-        with universal(world, HotglmError, may_pass=True) as outcome:
-            with hooked(only_nth(kind, number, fail_with(kind, os_error(errno.EINTR)))) as seen:
-                world.slot.update(source)
+        with (
+            universal(world, HotglmError, may_pass=True) as outcome,
+            hooked(only_nth(kind, number, fail_with(kind, os_error(errno.EINTR)))) as seen,
+        ):
+            world.slot.update(source)
         if seen.counts[kind] < number:
             return
         if kind in ("open", "pread", "preadv", "close"):
@@ -103,23 +107,20 @@ def test_every_read_may_be_one_byte_short_of_everything(world: World) -> None:
 def test_the_nth_read_that_meets_the_end_says_that_the_source_changed(world: World, kind: str) -> None:
     """D02: a read that meets the end of the file names file and offset; it is never taken for data."""
     for number in range(1, MAX_CALLS):
-        _, source = write_sharded(world)
+        version, source = write_sharded(world)
+        world.publish(version)
         end = b"" if kind == "pread" else 0
         hook = lambda args, end=end: end  # noqa: E731 - one expression
-        with universal(world, SourceChangedError, code="SOURCE_CHANGED", may_pass=True) as outcome:
-            with hooked(only_nth(kind, number, hook)) as seen:
-                world.slot.update(source)
-                world.publish(world_number(world))
+        with (
+            universal(world, SourceChangedError, code="SOURCE_CHANGED", may_pass=True) as outcome,
+            hooked(only_nth(kind, number, hook)) as seen,
+        ):
+            world.slot.update(source)
         if seen.counts[kind] < number:
             return
         assert outcome.refusal.offset is not None
         assert outcome.refusal.file is not None
     pytest.fail("the sweep did not come to its end")
-
-
-def world_number(world: World) -> int:
-    """Return the number of the version that is live."""
-    return int(str(world.slot.version).rsplit(".", 1)[1])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -128,9 +129,11 @@ def test_a_thread_that_does_not_start_is_a_typed_refusal(world: World, fault: st
     for number in range(1, MAX_CALLS):
         version, source = write_sharded(world)
         world.publish(version)
-        with universal(world, ThreadStartError, code="THREAD_START", may_pass=True) as outcome:
-            with hooked(only_nth("start_thread", number, fail_with("start_thread", FAULTS[fault]))) as seen:
-                world.slot.update(source)
+        with (
+            universal(world, ThreadStartError, code="THREAD_START", may_pass=True) as outcome,
+            hooked(only_nth("start_thread", number, fail_with("start_thread", FAULTS[fault]))) as seen,
+        ):
+            world.slot.update(source)
         if seen.counts["start_thread"] < number:
             assert number > 1
             return
@@ -141,14 +144,16 @@ def test_a_thread_that_does_not_start_is_a_typed_refusal(world: World, fault: st
 @pytest.mark.parametrize("fault", ["ENOMEM", "EACCES", "MemoryError"])
 @pytest.mark.parametrize("kind", ["map_anonymous", "populate"])
 def test_memory_that_is_not_given_is_a_typed_refusal(tmp_path: Path, kind: str, fault: str) -> None:
-    """D20: memory for the spare cannot be mapped or faulted in; the refusal is typed and the next stage finds memory."""
+    """D20: memory for the spare cannot be mapped or faulted in: a typed refusal; the next stage finds memory."""
     with World(tmp_path, memory=hotglm.MemoryPolicy(max_copies=6)) as world:
         for number in range(1, MAX_CALLS):
             version, source = world.write()
             world.publish(version)
-            with universal(world, HotglmError, may_pass=True) as outcome:
-                with hooked(only_nth(kind, number, fail_with(kind, FAULTS[fault]))) as seen:
-                    world.slot.update(source)
+            with (
+                universal(world, HotglmError, may_pass=True) as outcome,
+                hooked(only_nth(kind, number, fail_with(kind, FAULTS[fault]))) as seen,
+            ):
+                world.slot.update(source)
             if seen.counts[kind] < number:
                 break
             expected = MemoryPlanError if kind == "map_anonymous" or fault == "MemoryError" else HotglmError

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.swaps import make_class, same_bits
 from torch import nn
 
 import hotglm
 from hotglm.errors import ModuleError, NotMaterializedError, UncopyableError
 from hotglm.model.inspection import contract_of, find_state
+from support.swaps import make_class, same_bits
 
 
 class Tied(nn.Module):
@@ -150,8 +150,12 @@ def test_a_slot_is_no_module_for_another_slot() -> None:
         slot.update(hotglm.ModuleSlot(nn.Linear(2, 2), name="model"), version="0.0.1")
 
 
+def _trace(module: nn.Module) -> Any:
+    return torch.jit.trace(module, torch.ones(1, 2))  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("compile_", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 2))])
+@pytest.mark.parametrize("compile_", [torch.jit.script, _trace])
 @pytest.mark.parametrize("where", ["root", "part", "attribute"])
 def test_torchscript_is_refused_by_name(compile_: Callable[[nn.Module], nn.Module], where: str) -> None:
     """Scripted and traced modules, whose code has its own tensors, are refused wherever they are (G14)."""

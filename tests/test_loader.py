@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.bytes_maker import entry, make_file
-from support.faulty_seam import hooked, read_one_byte
-from support.spares import Spare, random_tensor
 
 from hotglm.errors import (
     DigestMismatchError,
@@ -31,6 +28,9 @@ from hotglm.weights.dtypes import LOADABLE_DTYPES
 from hotglm.weights.loader import Loaded, LoadOptions, load_files, load_tensors
 from hotglm.weights.plan import plan_reads
 from hotglm.weights.workers import Cancellation
+from support.bytes_maker import entry, make_file
+from support.faulty_seam import hooked, read_one_byte
+from support.spares import Spare, random_tensor
 
 NAN = float("nan")
 
@@ -267,12 +267,13 @@ def test_everything_that_is_wrong_is_named_at_once(source: str, tmp_path: Path) 
     spare = Spare(tensors, ties={"b2": "b"})
     given = tensors | {"b2": torch.zeros(3)}
     options: dict[str, Any] = {"expected": {"c": "sha256:00"}, "num_threads": 3}
+    save_file(given, tmp_path / "bad.safetensors")
+    load: dict[str, Callable[[], Loaded]] = {
+        "file": lambda: _load(tmp_path / "bad.safetensors", spare, **options),
+        "mapping": lambda: load_tensors(given, spare.targets, options=LoadOptions(**options)),
+    }
     with pytest.raises(DigestMismatchError) as caught:
-        if source == "file":
-            save_file(given, tmp_path / "bad.safetensors")
-            _load(tmp_path / "bad.safetensors", spare, **options)
-        else:
-            load_tensors(given, spare.targets, options=LoadOptions(**options))
+        load[source]()
     wanted = [("NONFINITE", "a"), ("TIE_CONFLICT", "b2"), ("DIGEST_MISMATCH", "c"), ("NONFINITE", "d")]
     assert _codes(caught.value) == wanted
     assert (caught.value.problems[0].found, caught.value.problems[3].found) == (2, 1)

@@ -1,4 +1,4 @@
-"""P9, I05, I07, I08, I10: how much memory updates take, what they give up for it, and whom they name. Bounds are formulas."""
+"""P9, I05, I07, I08, I10: how much memory updates take, what they give up for it, whom they name; by formulas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.universal import Chain, World, make_state, universal
 WIDTH, DEPTH = 64, 3
 NBYTES = DEPTH * (WIDTH * WIDTH + WIDTH) * 4
 X = torch.ones(WIDTH)
-BIG = {"small_nbytes": 0, "drain_timeout_s": 0.01}
+BIG: dict[str, Any] = {"small_nbytes": 0, "drain_timeout_s": 0.01}
 """Treats these small weights as large ones: no third copy."""
 
 
@@ -84,7 +84,7 @@ def heard() -> Iterator[list[Event]]:
     yield []  # noqa: PT022 - typed
 
 
-# -- the formula -----------------------------------------------------------------------------------------------------------
+# -- the formula -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_copies", [2, 3, 4])
@@ -92,7 +92,7 @@ def heard() -> Iterator[list[Event]]:
 def test_the_peak_of_all_arenas_is_copies_times_weights(
     counted: CountedMemory, max_copies: int, is_small: bool
 ) -> None:
-    """P9: with `max_copies` = n, arenas never hold more than n times the weights; one more where the weights are small."""
+    """P9: with `max_copies` = n, arenas never hold more than n times the weights; small weights one time more."""
     small_nbytes = NBYTES if is_small else NBYTES - 1
     slot = make_slot(max_copies=max_copies, small_nbytes=small_nbytes)
     for number in range(1, 12):
@@ -132,13 +132,13 @@ def test_a_slot_that_is_gone_leaves_no_memory(counted: CountedMemory) -> None:
     assert counted.nbytes == 0
 
 
-# -- the rollback target -----------------------------------------------------------------------------------------------------
+# -- the rollback target -----------------------------------------------------------------------------------------------
 
 
 def test_a_large_model_gives_its_rollback_target_up_when_a_stage_begins_to_fill_the_spare(
     counted: CountedMemory,
 ) -> None:
-    """With two copies, a stage that fails after loading has used up the rollback target; one that headers refuse has not."""
+    """With two copies, a stage that fails after loading has used the rollback target up; one refused before has not."""
     slot = make_slot()
     update(slot, 1)
     update(slot, 2)
@@ -189,7 +189,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def test_going_back_where_nothing_is_held_is_refused(world: World) -> None:
-    """I07: an unknown version, an evicted one and a wrong expectation are refused by name; forward and back again works."""
+    """I07: going back to an unknown version, to an evicted one or with a wrong expectation is refused by name."""
     first, path = world.write()
     world.publish(first)
     world.slot.update(path)
@@ -202,11 +202,11 @@ def test_going_back_where_nothing_is_held_is_refused(world: World) -> None:
         world.slot.rollback(expected="1.0.0")
 
 
-# -- limits ----------------------------------------------------------------------------------------------------------------
+# -- limits ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_limit_refuses_before_anything_is_taken_or_given_up(counted: CountedMemory) -> None:
-    """I10: a plan that does not fit is refused with both sizes before memory is mapped and before a target is given up."""
+    """I10: a plan that does not fit is refused with both sizes before anything is mapped or given up."""
     slot = make_slot(limit_nbytes=2 * NBYTES - 1)
     update(slot, 1)
     maps = len(counted.maps)
@@ -220,9 +220,7 @@ def test_a_limit_refuses_before_anything_is_taken_or_given_up(counted: CountedMe
     assert answers(slot, 0)
 
 
-def test_a_machine_without_memory_refuses_the_plan(
-    counted: CountedMemory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_memory_refuses_the_plan(counted: CountedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     """I10: fresh memory must be there beside a reserve for the service; arenas that are there already need none."""
     slot = make_slot()
     available = NBYTES
@@ -251,18 +249,20 @@ def test_the_least_of_machine_container_and_process_counts(monkeypatch: pytest.M
     assert read_available_nbytes() == 4096 * 1024
 
 
-@pytest.mark.parametrize("options", [{"max_copies": 1}, {"small_nbytes": -1}, {"limit_nbytes": -1}, {"drain_timeout_s": -1}])
+@pytest.mark.parametrize(
+    "options", [{"max_copies": 1}, {"small_nbytes": -1}, {"limit_nbytes": -1}, {"drain_timeout_s": -1}]
+)
 def test_a_policy_that_cannot_be_meant_is_refused(options: dict[str, Any]) -> None:
     """One copy is no slot, and sizes and times are not negative."""
     with pytest.raises(ArgumentError):
         hotglm.MemoryPolicy(**options)
 
 
-# -- what is held outside --------------------------------------------------------------------------------------------------
+# -- what is held outside ----------------------------------------------------------------------------------------------
 
 
 def test_a_held_generation_is_left_to_its_holder_and_named(counted: CountedMemory, heard: list[Event]) -> None:
-    """I08, P9: a session on an old generation costs one copy for as long as it lasts, is named, and reads its own bits."""
+    """I08, P9: a session on an old generation costs one copy while it lasts, is named, and reads its own bits."""
     slot = make_slot()
     update(slot, 1)
     slot.subscribe(heard.append)
@@ -284,7 +284,7 @@ def test_a_held_generation_is_left_to_its_holder_and_named(counted: CountedMemor
 
 
 def test_a_holder_does_not_push_a_slot_over_its_limit(counted: CountedMemory) -> None:
-    """I10: where the limit leaves no room for a copy that a session holds, the update is refused and names the session."""
+    """I10: where the limit leaves no room beside a copy that a session holds, the refusal names the session."""
     slot = make_slot(limit_nbytes=2 * NBYTES)
     update(slot, 1)
     update(slot, 2)
@@ -311,7 +311,9 @@ def test_the_first_module_kept_outside_costs_one_copy_and_is_named(counted: Coun
         assert module(X).equal(make(0)(X))
     assert counted.nbytes == 2 * NBYTES, "the kept module is the third copy"
     status = slot.status()
-    assert [(entry.number, entry.state) for entry in status.generations if entry.state == "draining"] == [(1, "draining")]
+    assert [(entry.number, entry.state) for entry in status.generations if entry.state == "draining"] == [
+        (1, "draining")
+    ]
     assert [event.number for event in heard if isinstance(event, HeldEvent)] == [1]
     assert any(holder.number == 1 and "Chain" in holder.description for holder in slot.find_holders())
     del module
@@ -322,9 +324,7 @@ def test_the_first_module_kept_outside_costs_one_copy_and_is_named(counted: Coun
 
 def test_weights_that_grow_get_arenas_that_fit(counted: CountedMemory, tmp_path: Path) -> None:
     """P9: after a change to a larger and back to a smaller structure, arenas that fit nobody are not kept."""
-    slot = hotglm.ModuleSlot(
-        make(0), name="chain", version="1.0.0", accept="major", memory=hotglm.MemoryPolicy(**BIG)
-    )
+    slot = hotglm.ModuleSlot(make(0), name="chain", version="1.0.0", accept="major", memory=hotglm.MemoryPolicy(**BIG))
     for number, width in enumerate((64, 64, 128, 128, 128, 64, 64, 64), start=1):
         chain = Chain(width=width, depth=DEPTH)
         chain.load_state_dict(make_state(number, width=width, depth=DEPTH))

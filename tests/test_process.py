@@ -26,7 +26,7 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield made
 
 
-# -- K04: signals and the end of the interpreter ---------------------------------------------------------------------------
+# -- K04: signals and the end of the interpreter -----------------------------------------------------------------------
 
 
 ENDINGS = """
@@ -54,7 +54,8 @@ ENDINGS = """
                              kwargs={"policy": hotglm.StagePolicy(checks=(reached,))}).start()
         with hooked(seam_hook):
             if ending == "exit":
-                threading.Thread(target=slot.update, args=("one.safetensors",), kwargs={"policy": policy}, daemon=True).start()
+                threading.Thread(target=slot.update, args=("one.safetensors",), daemon=True,
+                                 kwargs={"policy": policy}).start()
                 os.read(go[0], 1)
                 sys.exit(5)
             slot.update("one.safetensors", policy=policy)
@@ -97,11 +98,11 @@ def test_a_process_that_is_told_to_end_in_the_middle_of_a_stage_ends_soon() -> N
     assert "Fatal" not in done.stderr
 
 
-# -- K05, I10: memory --------------------------------------------------------------------------------------------------------
+# -- K05, I10: memory --------------------------------------------------------------------------------------------------
 
 
 def test_every_limit_on_address_space_gives_a_typed_refusal_or_a_whole_version() -> None:
-    """K05, D20, I10: from no room at all upward, an update is refused with a typed error or succeeds; never half, no crash.
+    """K05, D20, I10: from no room at all upward, an update is refused with a typed error or succeeds; never a crash.
 
     After each refusal the old version answers as before, and with the limit gone the same update succeeds.
     """
@@ -164,7 +165,7 @@ def test_every_limit_on_address_space_gives_a_typed_refusal_or_a_whole_version()
     assert "MEMORY" in done.stdout
 
 
-# -- K08, K09: time ------------------------------------------------------------------------------------------------------------
+# -- K08, K09: time ----------------------------------------------------------------------------------------------------
 
 
 def test_a_wall_clock_that_jumps_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def test_a_starved_process_takes_longer_and_does_not_fail() -> None:
     assert done.stdout.strip() == "1.0.2"
 
 
-# -- K10, K14: interpreters -------------------------------------------------------------------------------------------------
+# -- K10, K14: interpreters --------------------------------------------------------------------------------------------
 
 SCENARIO = """
     import os, sys, tempfile
@@ -258,7 +259,10 @@ def test_every_way_to_run_the_interpreter_gives_the_same_answers() -> None:
     ways: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
         "plain": ((), {"PYTHONHASHSEED": "0"}),
         "-OO -I -B": (("-OO", "-I", "-B"), {}),
-        "-O, C": (("-O",), {"PYTHONHASHSEED": "12345", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+        "-O, C": (
+            ("-O",),
+            {"PYTHONHASHSEED": "12345", "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        ),
     }
     answers = {}
     for name, (flags, env) in ways.items():
@@ -271,7 +275,7 @@ def test_every_way_to_run_the_interpreter_gives_the_same_answers() -> None:
 
 
 def test_the_package_may_be_reloaded_or_imported_twice() -> None:
-    """K14: after a reload a slot works on; two copies of the package serve side by side and refuse each other's stages."""
+    """K14: after a reload a slot works on; two copies of the package serve side by side, each with its own stages."""
     done = run_script(
         """
         import importlib, os
@@ -312,7 +316,7 @@ def test_the_package_may_be_reloaded_or_imported_twice() -> None:
     assert done.stdout.split() == ["BAD_ARGUMENT"]
 
 
-# -- K15: a system with parts missing ------------------------------------------------------------------------------------------
+# -- K15: a system with parts missing ----------------------------------------------------------------------------------
 
 
 def refuse_proc(path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -343,9 +347,7 @@ def test_an_absent_part_of_the_system_costs_speed_only(
         world.slot.rollback()
 
 
-def test_a_system_that_forbids_priorities_is_served_all_the_same(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_that_forbids_priorities_is_served_all_the_same(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """K15: a sandbox that answers EPERM to setpriority costs the priority, not the update."""
 
     def forbid(*args: object) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.swaps import build, same_bits
 from torch import nn
 
 import hotglm
 from hotglm.errors import DigestMismatchError, HotglmError, TensorValueError, VersionSyntaxError
 from hotglm.model import save
 from hotglm.weights.digest import digest_tensor
+from support.swaps import build, same_bits
 
 X = torch.ones(1, 2)
 
@@ -66,7 +66,7 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_saved_file_updates_a_slot(tmp_path: Path) -> None:
-    """save -> update gives the module that was saved, its version and its digests."""
+    """Save, then update: that gives the module that was saved, its version and its digests."""
     maker = build(Tied)
     path = tmp_path / "model.safetensors"
     digests = hotglm.save_weights(maker(2), path, version="1.0.1", name="tied")
@@ -89,7 +89,8 @@ def test_a_slots_live_module_is_saved_like_any_other(tmp_path: Path) -> None:
     maker = build(lambda: nn.Linear(2, 2))
     slot = hotglm.ModuleSlot(maker(1), name="model", version="1.0.0")
     slot.update(maker(2).state_dict(), version="1.0.1")
-    for number, source in enumerate((slot, slot.live.module, slot.state_dict())):
+    sources: list[nn.Module | dict[str, torch.Tensor]] = [slot, slot.live.module, dict(slot.state_dict())]
+    for number, source in enumerate(sources):
         path = tmp_path / f"{number}.safetensors"
         hotglm.save_weights(source, path)
         assert same_bits(load_file(path), dict(maker(2).state_dict()))
@@ -154,7 +155,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*(("os.replace",) if where == "replace" else (save, where)), fail)
+    monkeypatch.setattr(os if where == "replace" else save, where, fail)
     with pytest.raises(OSError, match="No space"):
         hotglm.save_weights({"w": torch.ones(2)}, path)
     assert path.read_bytes() == before

@@ -1,4 +1,4 @@
-"""Twins: the next generation is the user's own class with the user's own attributes, over the next version's weights."""
+"""Twins: the next generation is the user's own class and attributes, over the next version's weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.swaps import Model, build, make_class, same_bits, swap
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import hotglm
 from hotglm.errors import UncopyableError
+from support.swaps import Model, build, make_class, same_bits, swap
 
 X = torch.arange(4.0).reshape(2, 2)
 
@@ -51,7 +51,7 @@ def _deep(items: Any) -> Any:
     return items["a"][0]()
 
 
-ROUNDABOUT = {
+ROUNDABOUT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "weak reference": (weakref.ref, _call),
     "weak proxy": (weakref.proxy, _same),
     "nested weak reference": (lambda parent: {"a": [weakref.ref(parent)]}, _deep),
@@ -152,107 +152,6 @@ def test_recurrent_layers_use_the_new_weights(make: type[nn.Module]) -> None:
     assert all(one is other for one, other in zip(slot._flat_weights, slot.parameters(), strict=True))
 
 
-# -- hooks -------------------------------------------------------------------------------------------------------------
-
-
-class Counter:
-    """A hook with state of its own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.num = 0
-
-    def __call__(self, *_: object) -> None:
-        self.num += 1
-
-    def count(self, *_: object) -> None:
-        self.num += 1
-
-
-@pytest.mark.parametrize("as_method", [False, True])
-def test_a_hook_of_somebody_else_goes_on_with_its_state(*, as_method: bool) -> None:
-    """Hook objects, and methods of objects outside the module, are shared by the generations (G05)."""
-    counter = Counter()
-    hook = counter.count if as_method else counter
-
-    def prepare(model: Any) -> None:
-        model.linear.register_forward_hook(hook)
-        model.register_forward_pre_hook(hook)
-
-    slot, _ = swap(make_class(prepare))
-    slot(X)
-    assert counter.num == 2
-    slot.rollback()
-    slot(X)
-    assert counter.num == 4
-
-
-def test_every_kind_of_module_hook_is_carried_over() -> None:
-    """Forward, pre-forward, keyword, backward and state-dict hooks run in the new generation too."""
-    seen: list[str] = []
-
-    def prepare(model: Any) -> None:
-        model.register_forward_pre_hook(lambda m, a, k: seen.append("pre"), with_kwargs=True)
-        model.register_forward_hook(lambda m, a, k, o: seen.append("post"), with_kwargs=True, always_call=True)
-        model.register_full_backward_hook(lambda m, i, o: seen.append("backward"))
-        model.register_state_dict_post_hook(lambda m, s, p, l: seen.append("state"))
-
-    slot, _ = swap(make_class(prepare))
-    seen.clear()
-    slot(X.clone().requires_grad_()).sum().backward()
-    slot.state_dict()
-    assert seen == ["pre", "post", "backward", "state"]
-
-
-CAPTURES: dict[str, Callable[[Any], object]] = {
-    "module": lambda m: setattr(m, "f", lambda x: m.linear(x)),
-    "parameter": lambda m: setattr(m, "f", (lambda w: lambda x: x @ w)(m.linear.weight)),
-    "view of a parameter": lambda m: setattr(m, "f", (lambda w: lambda x: x @ w)(m.linear.weight.detach().t())),
-    "bound method": lambda m: setattr(m, "f", (lambda f: lambda x: f(x))(m.linear.forward)),
-    "partial": lambda m: setattr(m, "f", (lambda f: lambda x: f(x))(functools.partial(m.linear))),
-    "list": lambda m: setattr(m, "f", (lambda items: lambda x: items[0](x))([m.linear])),
-    "default argument": lambda m: setattr(m, "f", lambda x, layer=m.linear: layer(x)),
-    "keyword default": lambda m: setattr(m, "f", lambda x, *, layer=m.linear: layer(x)),
-    "function in a function": lambda m: setattr(m, "f", (lambda f: lambda x: f(x))(lambda x: m.linear(x))),
-    "function in nested dicts": lambda m: setattr(m, "f", {"a": {"b": lambda x: m.linear(x)}}),
-    "cache of a method": lambda m: setattr(m, "f", functools.lru_cache(m.linear.forward)),
-    "weak dictionary": lambda m: setattr(m, "f", weakref.WeakValueDictionary(a=m.linear)),
-    "weak keys": lambda m: setattr(m, "f", weakref.WeakKeyDictionary({m.linear.weight: 1})),
-    "weak set": lambda m: setattr(m, "f", weakref.WeakSet([m.linear])),
-    "numpy array over a weight": lambda m: setattr(m, "f", m.linear.weight.detach().numpy()),
-}
-
-
-@pytest.mark.parametrize("kind", CAPTURES)
-def test_a_function_that_has_captured_the_old_module_is_refused_by_name(kind: str) -> None:
-    """What would go on running the old weights, and cannot be copied, is refused and named."""
-    maker = build(make_class(CAPTURES[kind]))
-    slot = hotglm.ModuleSlot(maker(1), name="model", version="1.0.0")
-    before = slot(X)
-    with pytest.raises(UncopyableError) as caught:
-        slot.update(maker(2).state_dict(), version="1.0.1")
-    assert [problem.code for problem in caught.value.problems] == ["UNCOPYABLE"]
-    assert "'f'" in str(caught.value)
-    assert same_bits(slot(X), before)
-
-
-def test_hooks_that_capture_the_module_are_all_refused_at_once() -> None:
-    """Every uncopyable hook and attribute of a module is in one error."""
-
-    def prepare(model: Any) -> None:
-        model.register_forward_hook(lambda *_: model.linear)
-        model.linear.weight.register_hook(lambda grad: grad)
-        model.f = lambda x: model.linear(x)
-
-    with pytest.raises(UncopyableError) as caught:
-        swap(make_class(prepare))
-    text = str(caught.value)
-    assert len(caught.value.problems) == 3
-    assert "'_forward_hooks'" in text
-    assert "'f'" in text
-    assert "'linear.weight'" in text
-
-
 # -- attributes --------------------------------------------------------------------------------------------------------
 
 
@@ -282,25 +181,30 @@ def test_plain_data_is_copied_so_that_generations_do_not_share_it() -> None:
     assert slot.seen == []
 
 
-def test_classes_that_copy_themselves_are_asked_to() -> None:
-    """`__deepcopy__`, `__getstate__` and `__setstate__` of a module are used, with its weights mapped all the same."""
+class Stateful(Model):
+    """A module with a `__getstate__` of its own."""
 
-    class Stateful(Model):
-        def __getstate__(self) -> dict[str, Any]:
-            return {**self.__dict__, "note": "went through getstate"}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "note": "went its own way"}
 
-    class Deep(Model):
-        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            twin = Deep.__new__(Deep)
-            memo[id(self)] = twin
-            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-            twin.__dict__["note"] = "went through deepcopy"
-            return twin
 
-    for make, note in ((Stateful, "went through getstate"), (Deep, "went through deepcopy")):
-        slot, cold = swap(lambda make=make: nn.Sequential(make()))
-        assert same_bits(slot(X), cold(X))
-        assert slot.live.module.get_submodule("0").note == note
+class Deep(Model):
+    """A module with a `__deepcopy__` of its own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = Deep.__new__(Deep)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.__dict__["note"] = "went its own way"
+        return twin
+
+
+@pytest.mark.parametrize("make", [Stateful, Deep])
+def test_classes_that_copy_themselves_are_asked_to(make: type[Model]) -> None:
+    """`__deepcopy__` and `__getstate__` of a module are used, with its weights mapped all the same."""
+    slot, cold = swap(lambda: nn.Sequential(make()))
+    assert same_bits(slot(X), cold(X))
+    assert vars(slot.live.module.get_submodule("0"))["note"] == "went its own way"
 
 
 def test_a_class_that_refuses_to_be_copied_is_named() -> None:

@@ -1,4 +1,4 @@
-"""The fixture of the universal post-conditions finds what it is for: each planted violation, and nothing where there is none."""
+"""The fixture of the universal post-conditions finds each planted violation, and nothing where there is none."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from support.universal import World, universal
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    with made:
+    with World(tmp_path) as made:
         yield made
+        made.stop()
         made.failures.clear()  # planted
 
 
@@ -104,10 +104,14 @@ def test_each_planted_violation_is_found(world: World, name: str, monkeypatch: p
     """One violation of each post-condition, planted beside a real refusal, fails the fixture."""
     monkeypatch.setattr("support.universal.LEAK_WAIT_S", 0.05)
     keep: list[Any] = []
-    with pytest.raises(AssertionError):
+
+    def violate() -> None:
         with universal(world, SourceReadError):
             PLANTED[name](world, keep)
             world.slot.update(world.directory / "nothing")
+
+    with pytest.raises(AssertionError):
+        violate()
     for item in keep:
         if isinstance(item, int):
             os.close(item)
@@ -122,9 +126,7 @@ def test_an_honest_refusal_passes(world: World) -> None:
     for _ in range(20):
         with universal(world, SourceReadError, code="NOT_FOUND", file=world.directory / "nothing"):
             world.slot.update(world.directory / "nothing")
-    with pytest.raises(AssertionError, match="expected a refusal"):
-        with universal(world, SourceReadError):
-            pass
-    with pytest.raises(AssertionError):
-        with universal(world, SourceReadError, code="OTHER"):
-            world.slot.update(world.directory / "nothing")
+    with pytest.raises(AssertionError, match="expected a refusal"), universal(world, SourceReadError):
+        pass
+    with pytest.raises(AssertionError), universal(world, SourceReadError, code="OTHER"):
+        world.slot.update(world.directory / "nothing")

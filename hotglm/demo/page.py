@@ -20,6 +20,7 @@ import torch
 
 import hotglm
 from hotglm.demo.charts import draw_digit, draw_run, make_scale
+from hotglm.demo.outcome import Side
 from hotglm.demo.releases import NEW, OLD
 from hotglm.demo.report import Report
 from hotglm.demo.story import DEFINITIONS, HEADINGS, row_of
@@ -59,7 +60,7 @@ def make_page(report: Report) -> str:
         new_right=f"{report.releases[1].accuracy:.1%}",
         table=_show_table(report.tallies),
         panels="\n".join(_show_run(run, report.runs) for run in report.runs),
-        sides=_show_rows(("release", "hotglm", "load_state_dict"), [(s.title, s.slot, s.peer) for s in report.sides]),
+        sides=_show_sides(report.sides),
         checks="\n".join(_show_check(check.claim, check.found, is_met=check.is_met) for check in report.checks),
         code="\n".join(_show_codes(report.runs)),
         receipts="\n".join(_show_receipts(report.runs[0])),
@@ -112,10 +113,11 @@ def _show_table(tallies: Sequence[Tally]) -> str:
     return f"<table class='tally'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _show_rows(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+def _show_sides(sides: Iterable[Side]) -> str:
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in ("release", "hotglm", "load_state_dict"))
+    rows = ((side.title, side.slot, side.peer) for side in sides)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table class='sides'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _show_run(run: Run, runs: Sequence[Run]) -> str:

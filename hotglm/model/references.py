@@ -98,8 +98,8 @@ def reaches(value: object, wanted: Callable[[object], bool], *, limit: int = 200
     todo: list[object] = [value]
     while todo and len(seen) < limit:
         item = todo.pop()
-        if id(item) in seen or isinstance(item, _IGNORED):
-            continue
+        if id(item) in seen or isinstance(item, _IGNORED) or hasattr(type(item), "__hotglm_slot__"):
+            continue  # a slot, too, has nothing to do with one version
         seen.add(id(item))
         if wanted(item):
             return True

@@ -92,8 +92,9 @@ def _build(definition: Definition, offer: Offer, live: Generation) -> Code:
 
 _FILLS = frozenset(
     {"normal_", "uniform_", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "random_"}
+    | {"kaiming_normal_", "kaiming_uniform_"}  # torch hides what these call from the mode
 )
-_DRAWS = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"})
+_DRAWS = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"})
 
 
 class _SkipInitialisers(TorchFunctionMode):
@@ -111,8 +112,14 @@ class _SkipInitialisers(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, options = getattr(func, "__name__", ""), dict(kwargs or {})
-        if name in _FILLS and args and isinstance(args[0], nn.Parameter):
-            return args[0]
-        if name in _FILLS or name in _DRAWS:
-            options.setdefault("generator", self._generator)
+        filled = args[0] if args else options.get("tensor")
+        if name in _FILLS and isinstance(filled, nn.Parameter):
+            return filled
+        if args and name.removesuffix("_like") in _DRAWS - {name}:  # not every torch gives these a generator
+            options = {"dtype": args[0].dtype, "device": args[0].device, **options}
+            func, args = getattr(torch, name.removesuffix("_like")), (*args[1:], args[0].shape)
+        elif name not in _FILLS | _DRAWS:
+            return func(*args, **options)
+        if options.get("generator") is None:
+            options["generator"] = self._generator
         return func(*args, **options)

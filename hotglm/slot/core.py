@@ -241,7 +241,7 @@ class SlotCore:
 
     def _publish_after_turn(self, events: list[Event]) -> None:
         late = [self._late.popleft() for _ in range(len(self._late))]
-        self.publish(*late, *events)
+        self.publish(*sorted((*late, *events), key=lambda event: event.at_s))
 
     def _supersede(self, source: Source, version: str | Version | None) -> list[Event]:
         old = self.stager.discard_latest(by=_describe(source, version))

@@ -73,6 +73,10 @@ class ModuleFacade(nn.Module):
         """Let conversions pass that change nothing; refuse those that would move or convert live weights."""
         module = self._live_module
         for tensor in (*module.parameters(), *module.buffers()):
+            probe = torch.empty(1, dtype=tensor.dtype)
+            fn(probe)
+            if probe.untyped_storage().is_shared():  # done in place, so it must be found out on something else
+                self.share_memory()
             with torch.no_grad():
                 result = fn(tensor)
             if result is not tensor and not (result.data_ptr() == tensor.data_ptr() and result.dtype is tensor.dtype):

@@ -139,6 +139,9 @@ class Stager:
             lower_priority(request.policy.nice)
             outcomes.put(stage_version(request, self._spares, record))
         except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
+            # Here, because a caller that was interrupted does not wait any more; `clear_frames` leaves out this frame.
+            clear_frames(failure)
+            del request
             outcomes.put(failure)
         finally:
             self._threads.discard(threading.get_ident())

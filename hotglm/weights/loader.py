@@ -174,7 +174,7 @@ def _bundle_names(names: list[str], tensors: Mapping[str, torch.Tensor]) -> Iter
     for name in names:
         bundle.append(name)
         nbytes += tensors[name].numel() * tensors[name].element_size()
-        if nbytes >= CHUNK_NBYTES // 4:
+        if nbytes >= CHUNK_NBYTES:
             yield bundle
             bundle, nbytes = [], 0
     if bundle:

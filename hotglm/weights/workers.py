@@ -4,7 +4,7 @@ Rules this module keeps:
 
 - Threads live as long as one piece of work and are joined before it returns or raises; none is left behind (P9).
 - The first failure stops the others at their next task; it is the one that is raised.
-- A worker lowers its own priority, never anybody else's. Threads that torch starts for it inherit that.
+- A worker lowers its own priority, never anybody else's, and computes in its own thread alone.
 - Python code in a worker runs in short pieces between calls that release the GIL. Where a stretch of plain Python
   cannot be avoided, `yield_gil_when_due` cuts it: a thread that computes in Python holds the GIL for a whole switch
   interval (5 ms), and the service's pass would wait that long at every torch call.
@@ -12,17 +12,22 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
 
 from hotglm import seam
 from hotglm.errors import ThreadStartError
 
 __all__ = [
     "Cancellation",
+    "computing_alone",
     "count_cores",
     "lower_priority",
     "run_tasks",
@@ -94,6 +99,35 @@ def lower_priority(nice: int) -> None:
         pass
 
 
+@contextlib.contextmanager
+def computing_alone() -> Iterator[None]:
+    """Have torch compute in the calling thread alone; change nothing for any other thread.
+
+    A worker is one of several, and the teams of threads that each would have would wait for each other, spinning, on the
+    cores of the service. `torch.set_num_threads` is process-wide; OpenMP's own setting is the thread's. Where torch was
+    built without OpenMP, or hides it, nothing happens.
+    """
+    if _omp is None:
+        yield
+        return
+    num_threads = torch.get_num_threads()  # first: torch sets OpenMP up for a thread when it is first asked
+    _omp(1)
+    try:
+        yield
+    finally:
+        _omp(num_threads)
+
+
+def _find_omp() -> Callable[[int], object] | None:
+    try:
+        return ctypes.CDLL(None).omp_set_num_threads
+    except (OSError, AttributeError):
+        return None
+
+
+_omp = _find_omp()
+
+
 def start_thread(target: Callable[[], None], *, name: str) -> threading.Thread:
     """Start a daemon thread.
 
@@ -128,7 +162,8 @@ def run_tasks(
 
     def run_quietly() -> None:
         lower_priority(nice)
-        work.run()
+        with computing_alone():
+            work.run()
 
     try:
         for index in range(1, min(num_threads, work.num_tasks)):
@@ -136,7 +171,8 @@ def run_tasks(
             threads.append(thread)  # one by one, so that those that did start are joined
     except ThreadStartError as failure:
         work.failures.append(failure)
-    work.run()
+    with computing_alone():
+        work.run()
     for thread in threads:
         thread.join()
     if work.failures:

@@ -12,7 +12,7 @@ from typing import Any
 from hotglm import seam
 from hotglm.seam import Seam
 
-__all__ = ["KINDS", "Hook", "HookedSeam", "fail_with", "hooked", "only_nth", "read_one_byte"]
+__all__ = ["KINDS", "Hook", "HookedSeam", "fail_with", "hooked", "only_nth", "pause", "read_one_byte"]
 
 KINDS = tuple(sorted(name for name, value in vars(Seam).items() if callable(value) and not name.startswith("_")))
 """Every kind of call that the seam knows."""
@@ -81,6 +81,17 @@ def fail_with(kind: str, error: Callable[[], BaseException]) -> Callable[[tuple[
         raise error()
 
     return fail
+
+
+def pause(reached: threading.Event, go_on: threading.Event) -> Callable[[tuple[Any, ...]], object]:
+    """Return a hook that tells that a call has come, and holds it until it may go on, for 30 s at most."""
+
+    def wait(args: tuple[Any, ...]) -> object:
+        reached.set()
+        go_on.wait(30)
+        return None
+
+    return wait
 
 
 def read_one_byte(args: tuple[Any, ...]) -> object:

@@ -15,7 +15,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_script(
-    text: str, *arguments: str, flags: tuple[str, ...] = (), env: Mapping[str, str] | None = None, timeout_s: float = 120
+    text: str,
+    *arguments: str,
+    flags: tuple[str, ...] = (),
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 120,
 ) -> subprocess.CompletedProcess[str]:
     """Run `text` and return what came of it; a hang ends the test, and the interpreter."""
     path = f"import sys\nsys.path[:0] = [{str(_ROOT)!r}, {str(_ROOT / 'tests')!r}]\n"

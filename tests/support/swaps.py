@@ -51,7 +51,7 @@ def make_class(
             prepare(self)
 
     if forward is not None:
-        Prepared.forward = forward  # type: ignore[method-assign]
+        Prepared.forward = forward  # type: ignore[method-assign, assignment]
     return Prepared
 
 

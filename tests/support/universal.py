@@ -3,14 +3,14 @@
 - U1 version, number, epoch and history of the slot are as before; U2 its outputs are, bit for bit.
 - U3 two threads ran passes throughout: none raised, and every output is that of exactly one published version.
 - U4 the error is typed: class, code, slot, version, what serves, and file, tensor and offset where the row names them.
-- U5 descriptors, maps, threads and files are back at the baseline. Maps of files must be the same ones; the number of all
-  maps may sway by `_MAPS_SLACK`, because glibc caches stacks of threads that ended and gives threads malloc arenas. That a
-  map is lost per refusal shows when a `World` ends: the same slack then counts for all refusals together.
+- U5 descriptors, maps, threads and files are back at the baseline. Maps of files must be the same ones; the number of
+  all maps may sway by `_MAPS_SLACK`, because glibc caches stacks of threads that ended and gives threads malloc arenas.
+  That a map is lost per refusal shows when a `World` ends: the same slack then counts for all refusals together.
   The worlds' tensors are too small for torch to open an OpenMP team, so native threads must come back exactly.
 - U6 a good release loads right after.
 - U7 an audit hook saw nothing unpickled, compiled, executed, started or connected. Python compiles and executes when it
-  imports, so what runs under an import of an installed module does not count; nothing under the release's directory ever
-  may. The hook stays installed for the life of the process, as audit hooks do, and is idle between refusals.
+  imports, so what runs under an import of an installed module does not count; nothing under the release's directory
+  ever may. The hook stays installed for the life of the process, as audit hooks do, and is idle between refusals.
 - U8 exactly one `RefusedEvent` with the error's code was announced.
 """
 
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -159,7 +159,7 @@ class World:
         )
         assert self.failures == []
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         _install_audit_hook()
         for reader in self._readers:
             reader.start()
@@ -170,10 +170,14 @@ class World:
         self._first = _Process.look(self.directory)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def stop(self) -> None:
+        """End the two threads that run passes."""
         self._stop.set()
         for reader in self._readers:
             reader.join(10)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop()
         if kind is None:
             assert self.failures == []
             assert wait_until(lambda: _Process.look(self.directory).num_maps <= self._first.num_maps + _MAPS_SLACK)
@@ -316,8 +320,7 @@ def universal(
     unsubscribe()
     world.wait_for_passes()  # U3
     assert audited == []  # U7
-    leaks = lambda: _Process.look(world.directory).find_leaks(before)  # noqa: E731 - asked twice
-    assert wait_until(lambda: not leaks(), timeout_s=LEAK_WAIT_S), leaks()  # U5
+    assert _find_leaks(world.directory, before) == []  # U5
     assert outcome.error is not None or may_pass, "expected a refusal"
     if outcome.error is not None:
         assert _state_of(slot) == state  # U1
@@ -328,6 +331,11 @@ def universal(
         codes = [event.code for event in refused]
         assert (len(codes), codes[-1:]) == (num_refused, [outcome.error.code][:num_refused])  # U8
     world.update()  # U6
+
+
+def _find_leaks(directory: Path, before: _Process) -> list[str]:
+    wait_until(lambda: not _Process.look(directory).find_leaks(before), timeout_s=LEAK_WAIT_S)
+    return _Process.look(directory).find_leaks(before)
 
 
 def _state_of(slot: hotglm.ModuleSlot) -> tuple[object, ...]:

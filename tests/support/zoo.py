@@ -23,7 +23,7 @@ class Convolutional(nn.Module):
             nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
         )
         self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2))
-        self.features.to(memory_format=torch.channels_last)
+        self.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it
         with torch.no_grad():  # statistics other than 0 and 1
             for name, buffer in self.named_buffers():
                 buffer.copy_(torch.rand(buffer.shape) + 0.5 if "running" in name else torch.tensor(7))

@@ -1,0 +1,85 @@
+"""`python -m benchmarks`: run all groups, or some, print the table and write the report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from benchmarks.bench import MIB, Bench, Row
+from benchmarks.report import describe_load, describe_machine, name_report, to_json, to_markdown
+
+__all__ = ["GROUPS", "main"]
+
+GROUPS = ("call", "commit", "loading", "tail", "rollback", "memory", "restart")
+"""The modules that measure, in the order of the table; each has a `measure(bench)`."""
+
+_RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
+_WARM_NBYTES = 5 << 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for; return the exit code: 0 also where a target is missed, because a report is no test."""
+    options = _parse(arguments)
+    if not options.quick:
+        _warm_memory()
+    machine = describe_machine()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="hotglm-bench-", dir=options.scratch) as directory:
+        bench = Bench(directory=directory, quick=options.quick, nbytes=(4 if options.quick else options.mib) * MIB)
+        for group in options.rows:
+            print(f"==> {group}", file=sys.stderr, flush=True)
+            rows += importlib.import_module(f"benchmarks.{group}").measure(bench)
+    machine["load after"] = describe_load()
+    if options.quick:
+        machine["quick"] = "a smoke test on tiny models: the figures mean nothing"
+    text = to_markdown(rows, machine)
+    print(text)
+    _write(options.out, name_report(machine), {"md": text, "json": to_json(rows, machine)})
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rows", type=_split, default=GROUPS, help=f"groups, with commas between: {','.join(GROUPS)}")
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, on tiny models: a smoke test")
+    parser.add_argument("--out", help="directory of the report; benchmarks/results by default, nowhere with --quick")
+    parser.add_argument("--scratch", help="directory for files of weights (6 GiB); the system's own by default")
+    parser.add_argument("--mib", type=int, default=1024, help="size of the model, in MiB")
+    options = parser.parse_args(arguments)
+    if options.out is None and not options.quick:
+        options.out = _RESULTS
+    return options
+
+
+def _split(text: str) -> tuple[str, ...]:
+    groups = tuple(text.split(","))
+    unknown = [group for group in groups if group not in GROUPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no such group: {', '.join(unknown)}")
+    return groups
+
+
+def _warm_memory() -> None:
+    """Touch as much memory as the run will need, once.
+
+    A virtual machine gets its memory from the host page by page, and whoever came first would pay for it.
+    """
+    block = bytearray(_WARM_NBYTES)
+    block[::4096] = b"\x01" * len(block[::4096])
+
+
+def _write(directory: str | None, stem: str, texts: dict[str, str]) -> None:
+    if directory is None:
+        return
+    os.makedirs(directory, exist_ok=True)
+    for suffix, text in texts.items():
+        with open(os.path.join(directory, f"{stem}.{suffix}"), "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
