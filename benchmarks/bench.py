@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import Any
+
+from benchmarks.worker import Stand, Worker
 
 __all__ = ["Bench", "Row", "Sample", "alternate", "at_least", "at_most", "describe_size"]
 
@@ -35,7 +38,16 @@ class Bench:
 
     def rounds(self, full: int) -> int:
         """Return how often to measure."""
-        return 2 if self.quick else full
+        return 1 if self.quick else full
+
+    def start(self, kind: str, /, **arguments: Any) -> Worker | Stand:
+        """Start a child process that holds one object (see `Worker`); the smoke test keeps it in this process."""
+        return (Stand if self.quick else Worker)(kind, **arguments)
+
+    def ask_once(self, kind: str, method: str, /, **arguments: Any) -> Any:
+        """Call a method without arguments in a child that lives for that one call."""
+        with self.start(kind, **arguments) as worker:
+            return worker.ask(method)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from torch import nn
 
 import hotglm
 from benchmarks.bench import Bench, Row, Sample, alternate, at_most
-from benchmarks.worker import ask_once
 
 __all__ = ["CallProbe", "measure"]
 
@@ -35,7 +34,7 @@ def measure(bench: Bench) -> list[Row]:
     """Return two rows for one thread and two for four."""
     rows = []
     for num_threads in (1, 4):
-        found = ask_once(
+        found = bench.ask_once(
             "benchmarks.call:CallProbe",
             "run",
             num_threads=num_threads,

@@ -14,7 +14,6 @@ import torch
 import hotglm
 from benchmarks.bench import MIB, Bench, Row, Sample, alternate, at_least, at_most, describe_size
 from benchmarks.models import Stack, draw_state
-from benchmarks.worker import ask_once
 
 __all__ = ["CommitProbe", "measure"]
 
@@ -37,7 +36,7 @@ def measure(bench: Bench) -> list[Row]:
 
 
 def _run(bench: Bench, nbytes: int, num_tensors: int) -> tuple[Sample, Sample]:
-    found = ask_once(
+    found = bench.ask_once(
         "benchmarks.commit:CommitProbe", "run", nbytes=nbytes, num_tensors=num_tensors, rounds=bench.rounds(15)
     )
     return Sample.of(found["hotglm"]), Sample.of(found["peer"])

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 
 from benchmarks.bench import Bench
-from benchmarks.worker import Worker
 
 __all__ = ["WeightsOnDisk", "drop_cache", "make_weights", "warm_cache"]
 
@@ -30,7 +29,7 @@ def make_weights(bench: Bench, *, nbytes: int, num_tensors: int, seed: int = 1, 
     """Write a file of weights, unless an earlier row has; return where it is."""
     path = os.path.join(bench.directory, f"{nbytes}-{num_tensors}-{seed}.safetensors")
     if not os.path.exists(path) or (pickled and not os.path.exists(f"{path}.pt")):
-        with Worker("benchmarks.models:FileMaker") as maker:
+        with bench.start("benchmarks.models:FileMaker") as maker:
             maker.ask("make", path=path, nbytes=nbytes, num_tensors=num_tensors, seed=seed, pickled=pickled)
     return WeightsOnDisk(path=path, nbytes=nbytes, num_tensors=num_tensors)
 

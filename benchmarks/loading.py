@@ -33,7 +33,7 @@ import hotglm
 from benchmarks.bench import Bench, Row, Sample, alternate, at_least, at_most, describe_size
 from benchmarks.files import WeightsOnDisk, make_weights, warm_cache
 from benchmarks.models import Stack
-from benchmarks.worker import Worker
+from benchmarks.worker import Stand, Worker
 from hotglm.release.files import TensorLocation, open_weights
 from hotglm.weights.digest import digest_tensor
 
@@ -52,7 +52,7 @@ _OF = "benchmarks.loading"
 def measure(bench: Bench) -> list[Row]:
     """Return the rows of every layout: later loads in both ways of going on, first loads, verified loads."""
     rows: list[Row] = []
-    for num_tensors in _LAYOUTS:
+    for num_tensors in _LAYOUTS[:1] if bench.quick else _LAYOUTS:
         weights = make_weights(bench, nbytes=bench.nbytes, num_tensors=num_tensors, pickled=True)
         warm_cache(weights.path)
         warm_cache(f"{weights.path}.pt")
@@ -83,7 +83,7 @@ def _later(bench: Bench, weights: WeightsOnDisk, kind: str, peer_name: str, limi
 
 def _take_turns(bench: Bench, weights: WeightsOnDisk, *, kind: str, kept: bool) -> dict[str, Sample]:
     parts: list[float] = []
-    with _start_stager(weights, _PLAIN) as ours, _start_peer(weights, kind, kept=kept) as peer:
+    with _start_stager(bench, weights, _PLAIN) as ours, _start_peer(bench, weights, kind, kept=kept) as peer:
 
         def stage() -> float:
             total_s, load_s = ours.ask("load")
@@ -98,11 +98,11 @@ def _take_turns(bench: Bench, weights: WeightsOnDisk, *, kind: str, kept: bool) 
 
 def _first(bench: Bench, weights: WeightsOnDisk) -> Row:
     def stage() -> float:
-        with _start_stager(weights, _PLAIN) as ours:
+        with _start_stager(bench, weights, _PLAIN) as ours:
             return float(ours.ask("load")[0])
 
     def read() -> float:
-        with _start_peer(weights, "pread", kept=False) as peer:
+        with _start_peer(bench, weights, "pread", kept=False) as peer:
             return float(peer.ask("load"))
 
     found = alternate({"hotglm": stage, "peer": read}, rounds=bench.rounds(7))
@@ -125,7 +125,7 @@ def _first(bench: Bench, weights: WeightsOnDisk) -> Row:
 def _verified(bench: Bench, weights: WeightsOnDisk, *, finite: bool, from_file: bool) -> Row:
     totals: list[float] = []
     policy = {"digest": True, "finite": finite, "nice": 0}
-    with _start_stager(weights, policy) as ours, Worker(f"{_OF}:HashPeer", **asdict(weights)) as peer:
+    with _start_stager(bench, weights, policy) as ours, bench.start(f"{_OF}:HashPeer", **asdict(weights)) as peer:
 
         def stage() -> float:
             total_s, load_s = ours.ask("load")
@@ -153,12 +153,12 @@ def _verified(bench: Bench, weights: WeightsOnDisk, *, finite: bool, from_file: 
     )
 
 
-def _start_stager(weights: WeightsOnDisk, policy: dict[str, Any]) -> Worker:
-    return Worker(f"{_OF}:Stager", policy=policy, **asdict(weights))
+def _start_stager(bench: Bench, weights: WeightsOnDisk, policy: dict[str, Any]) -> Worker | Stand:
+    return bench.start(f"{_OF}:Stager", policy=policy, **asdict(weights))
 
 
-def _start_peer(weights: WeightsOnDisk, kind: str, *, kept: bool) -> Worker:
-    return Worker(f"{_OF}:LoadPeer", path=weights.path, kind=kind, kept=kept)
+def _start_peer(bench: Bench, weights: WeightsOnDisk, kind: str, *, kept: bool) -> Worker | Stand:
+    return bench.start(f"{_OF}:LoadPeer", path=weights.path, kind=kind, kept=kept)
 
 
 def _describe(weights: WeightsOnDisk) -> str:

@@ -18,7 +18,6 @@ import hotglm
 from benchmarks.bench import MIB, Bench, Row, Sample, at_most, describe_size
 from benchmarks.files import make_weights
 from benchmarks.models import Stack, find_side
-from benchmarks.worker import ask_once
 
 __all__ = ["Keeper", "measure"]
 
@@ -38,8 +37,8 @@ def measure(bench: Bench) -> list[Row]:
     layout = {**options[0], "paths": [option.pop("path") for option in options]}
     del layout["path"]
     num_updates = _WARM_UPDATES + 10 if bench.quick else 200
-    ours = ask_once("benchmarks.memory:Keeper", "update_slot", num_updates=num_updates, **layout)
-    peer = ask_once("benchmarks.memory:Keeper", "replace_model", num_updates=num_updates, **layout)
+    ours = bench.ask_once("benchmarks.memory:Keeper", "update_slot", num_updates=num_updates, **layout)
+    peer = bench.ask_once("benchmarks.memory:Keeper", "replace_model", num_updates=num_updates, **layout)
     return [
         _growth(num_updates, _in_mib(ours["after"]), _in_mib(peer["after"])),
         _peak(describe_size(layout["nbytes"]), ours, peer),

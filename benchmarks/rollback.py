@@ -11,7 +11,6 @@ import hotglm
 from benchmarks.bench import Bench, Row, Sample, alternate, at_least, describe_size
 from benchmarks.files import make_weights, warm_cache
 from benchmarks.models import Stack
-from benchmarks.worker import ask_once
 
 __all__ = ["RollbackProbe", "measure"]
 
@@ -21,7 +20,7 @@ _NUM_TENSORS = 100
 def measure(bench: Bench) -> list[Row]:
     """Return the row."""
     weights = make_weights(bench, nbytes=bench.nbytes, num_tensors=_NUM_TENSORS)
-    found = ask_once("benchmarks.rollback:RollbackProbe", "run", rounds=bench.rounds(15), **asdict(weights))
+    found = bench.ask_once("benchmarks.rollback:RollbackProbe", "run", rounds=bench.rounds(15), **asdict(weights))
     ours, peer = Sample.of(found["hotglm"]), Sample.of(found["peer"])
     ratio = peer.median / ours.median
     return [

@@ -25,7 +25,6 @@ import hotglm
 from benchmarks.bench import Bench, Row, Sample, at_most, describe_size
 from benchmarks.files import drop_cache, make_weights, warm_cache
 from benchmarks.models import Stack
-from benchmarks.worker import Worker
 
 __all__ = ["Service", "measure"]
 
@@ -39,7 +38,7 @@ def measure(bench: Bench) -> list[Row]:
     weights = make_weights(bench, nbytes=bench.nbytes, num_tensors=_NUM_TENSORS)
     rows: list[Row] = []
     for num_threads in (1, 2):
-        with Worker(
+        with bench.start(
             "benchmarks.tail:Service", num_threads=num_threads, quick=bench.quick, **asdict(weights)
         ) as service:
             for cache in ("warm", "cold"):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from typing import Any, Self
 
-__all__ = ["Worker", "WorkerError"]
+__all__ = ["Stand", "Worker", "WorkerError"]
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -73,21 +73,35 @@ class Worker:
         self._process.communicate()
 
 
-def ask_once(kind: str, method: str, /, **arguments: Any) -> Any:
-    """Call a method without arguments in a child that lives for that one call.
+class Stand:
+    """The same object in this very process: what the smoke test uses, which has no time for so many interpreters."""
 
-    Raises:
-        WorkerError: the child failed.
-    """
-    with Worker(kind, **arguments) as worker:
-        return worker.ask(method)
+    def __init__(self, kind: str, /, **arguments: Any) -> None:
+        """Make the object."""
+        self._target = _make(kind, arguments)
+
+    def ask(self, method: str, /, **arguments: Any) -> Any:
+        """Call a method of the object and return its answer, as JSON would bring it."""
+        return json.loads(json.dumps(getattr(self._target, method)(**arguments)))
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the object."""
+        self._target = None
+
+
+def _make(kind: str, arguments: dict[str, Any]) -> Any:
+    module, _, name = kind.partition(":")
+    return getattr(importlib.import_module(module), name)(**arguments)
 
 
 def _serve(kind: str, arguments: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    module, _, name = kind.partition(":")
-    target = getattr(importlib.import_module(module), name)(**json.loads(arguments))
+    target = _make(kind, json.loads(arguments))
     for line in sys.stdin:
         method, options = json.loads(line)
         answers.write(json.dumps(getattr(target, method)(**options)) + "\n")

@@ -228,6 +228,19 @@ def test_what_may_have_been_computed_from_weights_is_refused_by_name(kind: str) 
     assert [(problem.code, problem.tensor) for problem in error.problems] == [("STALE_STATE", "cache")]
 
 
+@pytest.mark.parametrize("kind", ["float buffer", "float attribute", "packed weight", "hidden parameter"])
+def test_a_staged_module_brings_its_own_derived_state(kind: str) -> None:
+    """What a module source has computed from its weights is right for them, and comes along without a declaration."""
+    maker = build(make_class(STALE[kind], lambda self, x: (self.linear(x), self.cache)))
+    slot = hotglm.ModuleSlot(maker(1), name="model", version="1.0.0")
+    offered = maker(2)
+    slot.update(offered, version="1.0.1")
+    assert same_bits(slot(X), offered(X))
+    with pytest.raises(StaleStateError):
+        slot.update(maker(3).state_dict(), version="1.0.2")
+    assert same_bits(slot(X), offered(X))
+
+
 def test_modules_in_a_plain_list_are_refused() -> None:
     """Weights that no state dict lists would keep their old values; each is named."""
     error = refused(make_class(lambda m: setattr(m, "layers", [nn.Linear(2, 2)])), StaleStateError)

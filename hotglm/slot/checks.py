@@ -12,6 +12,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -192,8 +193,19 @@ def _find_differences(expected: Any, found: Any, golden: Golden, where: str = ""
         yield from _find_in_mapping(expected, found, golden, where)
     elif isinstance(expected, (tuple, list)):
         yield from _find_in_sequence(expected, found, golden, where)
-    elif expected != found:
+    elif dataclasses.is_dataclass(expected) and type(found) is type(expected):
+        for part in dataclasses.fields(expected):
+            one, other = getattr(expected, part.name), getattr(found, part.name)
+            yield from _find_differences(one, other, golden, f"{where}.{part.name}")
+    elif not _is_equal(expected, found):
         yield where, f"expected {shorten_repr(expected)}, got {shorten_repr(found)}"
+
+
+def _is_equal(expected: object, found: object) -> bool:
+    try:
+        return bool(expected == found)
+    except Exception:  # noqa: BLE001 - the model's own types may raise anything; what cannot be compared differs
+        return False
 
 
 def _find_in_mapping(expected: Mapping[Any, Any], found: Any, golden: Golden, where: str) -> Iterator[tuple[str, str]]:

@@ -138,13 +138,12 @@ def find_references(retired: Retired) -> Iterator[Holder]:
     """
     module = retired.module
     if module is not None:
-        parts = {id(part): path for path, part in module.named_modules()}
-        for path, part in list(module.named_modules()):
-            label = shorten_repr(path or type(module).__name__)
-            for referrer in gc.get_referrers(part):
-                if not _is_internal(referrer, parts):
-                    description = f"module {label}, kept by {_describe(referrer)}"
-                    yield Holder(kind="module", number=retired.number, description=description)
+        tree = list(module.named_modules())
+        own = {id(tree), *map(id, tree), *(id(part._modules) for _, part in tree)}
+        for entry in tree:
+            label = shorten_repr(entry[0] or type(module).__name__)
+            for keeper in _find_keepers(entry[1], own):
+                yield Holder(kind="module", number=retired.number, description=f"module {label}, kept by {keeper}")
         return
     tensors = _find_tensors(retired)
     own = {id(tensors)}
@@ -174,16 +173,25 @@ def _lies_in(tensor: torch.Tensor, address: int, nbytes: int) -> bool:
         return False
 
 
-def _is_internal(referrer: object, parts: dict[int, str]) -> bool:
+def _find_keepers(held: object, own: set[int]) -> Iterator[str]:
+    """Yield what refers to `held` from outside the module's own tree; for a generation, what refers to that."""
+    referrers = gc.get_referrers(held)
+    own = {*own, id(referrers)}
+    for referrer in referrers:
+        if isinstance(referrer, Generation):
+            yield from (f"its Generation, kept by {keeper}" for keeper in _find_keepers(referrer, own))
+        elif id(referrer) not in own and not _is_internal(referrer):
+            yield _describe(referrer)
+
+
+def _is_internal(referrer: object) -> bool:
     if isinstance(referrer, types.FrameType):
         return referrer.f_code.co_filename == __file__ or referrer.f_code in _PASS_CODES
-    if isinstance(referrer, dict):  # the `_modules` of a parent that is part of the same module
-        return any(id(part) in parts for part in referrer.values() if isinstance(part, nn.Module)) and not any(
-            isinstance(key, str) and key.startswith("__") for key in referrer
-        )
+    if isinstance(referrer, types.GeneratorType):
+        return referrer.gi_code.co_filename == __file__
     if isinstance(referrer, types.MethodType):
-        return referrer.__func__.__code__ in _PASS_CODES if isinstance(referrer.__func__, types.FunctionType) else False
-    return isinstance(referrer, (Generation, list, types.GeneratorType))
+        return isinstance(referrer.__func__, types.FunctionType) and referrer.__func__.__code__ in _PASS_CODES
+    return False
 
 
 def _describe(referrer: object) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -287,17 +288,17 @@ class ModuleSlot(ModuleFacade):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle a copy of the live module and the slot's settings; history, subscribers, held generations stay behind.
+        """Pickle the live module and the slot's settings; history, subscribers and held generations stay behind.
 
-        A copy, because `multiprocessing` moves the tensors that it is given into memory shared with the other process
-        (P5; `tests/test_fork.py`).
+        By value and with the plain pickler: that of `multiprocessing` moves the tensors that it is given into memory
+        that the other process can write (P5; `tests/test_fork.py`).
         """
         with self.acquire() as generation:
-            return (_rebuild, (copy.deepcopy(generation.module), self._options()))
+            return (_rebuild, (pickle.dumps(generation.module, protocol), self._options()))
 
 
-def _rebuild(module: nn.Module, options: dict[str, Any]) -> ModuleSlot:
-    return ModuleSlot(module, **options)
+def _rebuild(module: bytes, options: dict[str, Any]) -> ModuleSlot:
+    return ModuleSlot(pickle.loads(module), **options)  # noqa: S301 - part of a pickle that is being read already
 
 
 _slots: weakref.WeakSet[ModuleSlot] = weakref.WeakSet()
