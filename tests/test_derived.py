@@ -286,10 +286,6 @@ def test_carried_state_is_a_copy() -> None:
     assert same_bits(slot.get_buffer("ids"), torch.arange(4))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="model/derived.py takes the state of a module without weights for constant, also where passes write it",
-)
 def test_a_cache_of_activations_in_a_module_without_weights_is_not_carried_over() -> None:
     """A key-value cache depends on the weights it was filled under; the next version must not answer from it."""
 
@@ -304,10 +300,6 @@ def test_a_cache_of_activations_in_a_module_without_weights_is_not_carried_over(
     maker = build(make_class(prepare, forward))
     slot = hotglm.ModuleSlot(maker(1), name="model")
     slot(X)
-    try:
+    with pytest.raises(StaleStateError, match=r"cache\.keys"):
         slot.update(maker(2).state_dict())
-    except StaleStateError:
-        return
-    cold = maker(3)
-    cold.load_state_dict(maker(2).state_dict())
-    assert same_bits(slot(X), cold(X))
+    assert str(slot.version) == "0.0.0"

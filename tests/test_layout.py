@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from hotglm.model.extents import lay_out
 from hotglm.model.inspection import find_state
-from hotglm.model.twin import lay_out
 from hotglm.weights.arena import ALIGNMENT
 from hotglm.weights.layout import Extent, plan_layout
 

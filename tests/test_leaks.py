@@ -24,9 +24,11 @@ NBYTES = 3 * (WIDTH * WIDTH + WIDTH) * 4
 X = torch.ones(WIDTH)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
-MAX_GROWTH_PER_SWAP = 0.1 * NBYTES
-"""A leaked arena is 4 pages of anonymous memory per swap, a leaked generation hundreds of objects, kilobytes together;
-what may grow is what the allocator has not given back. The history fills in the first half, which is not measured."""
+SETTLING_NBYTES = 4 << 20
+MAX_GROWTH_PER_SWAP = 100
+"""Bytes. A leaked arena is 16 KiB of memory per swap, a leaked generation hundreds of objects, tens of KiB together; what
+may grow is what the allocator has not given back: once `SETTLING_NBYTES`, and 26 bytes per swap after that, as measured
+over swaps 7,000 to 10,000. The history fills in the first half, which is not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,7 @@ def verify_constant(step: Callable[[int], object], num: int) -> None:
     assert wait_until(lambda: len(os.listdir("/proc/self/task")) <= before.tasks)
     assert after.maps <= before.maps + 16  # stacks of ended threads that glibc keeps
     swaps = num - num // 2
-    assert (after.rss_nbytes - before.rss_nbytes) / swaps < MAX_GROWTH_PER_SWAP
+    assert after.rss_nbytes - before.rss_nbytes < SETTLING_NBYTES + MAX_GROWTH_PER_SWAP * swaps
     assert (after.objects - before.objects) / swaps < 0.1
     assert after.generations <= before.generations
 

@@ -9,6 +9,8 @@ in the file, so after a swap it must come from somewhere. Rules this module keep
   its own (a rotary embedding), or where it is an index or a mask (bool, int16, int32, int64). Everything else is
   refused by
   name (`StaleStateError`): a cache that is right only for the old weights gives wrong answers without any error.
+- Even that is refused once passes have made or changed it since its generation was made: a cache of keys and values
+  is no table. (A table that is built by the first pass has to be declared, too; the two look alike.)
 - `constants` are patterns (`fnmatch`) of full names that the user vouches for.
 
 [Note: derived state]
@@ -19,7 +21,8 @@ A view of a weight (`self.wt = self.weight.t()`) needs none of this: it is a vie
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -27,10 +30,30 @@ from torch import nn
 
 from hotglm.errors import DefinitionError, Problem, RefreshError, shorten_repr
 
-__all__ = ["find_refreshed_names", "find_refreshers", "may_carry_over", "refresh", "run_refreshers"]
+__all__ = ["Marks", "find_refreshed_names", "find_refreshers", "may_carry_over", "refresh", "run_refreshers"]
 
 _MARK = "__hotglm_refresh__"
 _INDEX_DTYPES = frozenset({torch.bool, torch.int16, torch.int32, torch.int64})
+
+
+class Marks:
+    """Which tensors a module had at one time, and in which state, to tell later what passes have made or changed."""
+
+    __slots__ = ("_versions",)
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note `tensors` as they are now; holds none of them alive."""
+        self._versions = {id(tensor): (weakref.ref(tensor), _version(tensor)) for tensor in tensors}
+
+    def is_unchanged(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` was noted, and has not been written since."""
+        reference, version = self._versions.get(id(tensor), (None, -1))
+        return reference is not None and reference() is tensor and version == _version(tensor)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -2 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
+
 
 Method = TypeVar("Method", bound=Callable[..., None])
 
@@ -117,7 +140,9 @@ def run_refreshers(root: nn.Module) -> tuple[str, ...]:
     return tuple(ran)
 
 
-def may_carry_over(name: str, tensor: torch.Tensor, *, owner: nn.Module, constants: Sequence[str]) -> bool:
+def may_carry_over(
+    name: str, tensor: torch.Tensor, *, owner: nn.Module, constants: Sequence[str], marks: Marks | None = None
+) -> bool:
     """Tell whether undeclared state may keep its value when the weights change (see the rules above).
 
     Args:
@@ -125,11 +150,14 @@ def may_carry_over(name: str, tensor: torch.Tensor, *, owner: nn.Module, constan
         tensor: the value.
         owner: the module that holds it.
         constants: patterns the user vouches for.
+        marks: what the module had when it was made; None where no pass has run in it yet.
     """
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in constants):
         return True
     if name.rpartition(".")[2] in find_refreshed_names(owner):
         return True
+    if marks is not None and not marks.is_unchanged(tensor):
+        return False
     return tensor.dtype in _INDEX_DTYPES or not _holds_weights(owner)
 
 

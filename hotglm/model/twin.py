@@ -20,11 +20,12 @@ same view of the spare. Any other is cloned if it may be carried over (`model/de
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hotglm.errors import Problem, StaleStateError, UncopyableError, shorten_repr
-from hotglm.model.derived import find_refreshed_names, may_carry_over
+from hotglm.model.derived import Marks, find_refreshed_names, may_carry_over
+from hotglm.model.extents import extent_nbytes, lay_out, overlaps_itself
 from hotglm.model.inspection import StateEntry, find_state
 from hotglm.model.references import (
     copies_itself,
@@ -46,11 +48,11 @@ from hotglm.model.references import (
     reaches,
     why_uncopyable,
 )
-from hotglm.weights.arena import ALIGNMENT, Lease
-from hotglm.weights.layout import Extent, Layout, plan_layout
+from hotglm.weights.arena import Lease
+from hotglm.weights.layout import Layout
 from hotglm.weights.workers import yield_gil, yield_gil_when_due
 
-__all__ = ["Twin", "copy_module", "lay_out", "rebind"]
+__all__ = ["Twin", "copy_module", "mark_loose_tensors", "rebind"]
 
 _NUM_ATTEMPTS = 5
 """How often a copy is tried when the serving module changes a container under the copier."""
@@ -67,45 +69,18 @@ class Twin:
         module: the copy.
         views: every registered name and the tensor it has in the arena (ties share memory).
         carried: names of unregistered or non-persistent state that keeps the value it had.
+        loose: the copies of that state, and of what is recomputed.
     """
 
     module: nn.Module
     views: Mapping[str, torch.Tensor]
     carried: tuple[str, ...]
+    loose: tuple[torch.Tensor, ...]
 
 
-def extent_nbytes(tensor: torch.Tensor) -> int:
-    """Return the bytes from the first to the last element of `tensor`, 0 if it has none."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    return extent_nbytes(tensor) < tensor.numel() * tensor.element_size()
-
-
-def lay_out(entries: Iterable[StateEntry]) -> Layout:
-    """Return where the tensors of a module go in an arena.
-
-    Expanded tensors, whose elements share memory, get room for all of their elements.
-    """
-    extents: list[Extent] = []
-    for entry in entries:
-        expanded = _overlaps_itself(entry.tensor)
-        extents.append(
-            Extent(
-                name=entry.name,
-                # An address of its own: negative, so that it meets no real one and no other.
-                address=-(len(extents) + 1) << 48 if expanded else entry.tensor.data_ptr(),
-                nbytes=entry.tensor.numel() * entry.tensor.element_size() if expanded else extent_nbytes(entry.tensor),
-            )
-        )
-    return plan_layout(extents, alignment=ALIGNMENT)
-
-
-def copy_module(module: nn.Module, *, layout: Layout, lease: Lease, constants: Sequence[str]) -> Twin:
+def copy_module(
+    module: nn.Module, *, layout: Layout, lease: Lease, constants: Sequence[str], marks: Marks | None = None
+) -> Twin:
     """Return a structural copy of `module` whose tensors are views into `lease`; their values are whatever is there.
 
     Args:
@@ -113,6 +88,7 @@ def copy_module(module: nn.Module, *, layout: Layout, lease: Lease, constants: S
         layout: from `lay_out` of its state.
         lease: memory of at least `layout.nbytes`.
         constants: patterns of names of derived state that the user vouches for.
+        marks: the module's loose tensors as they were before passes ran in it; None where none did.
 
     Raises:
         StaleStateError: undeclared state that may depend on the weights.
@@ -120,7 +96,7 @@ def copy_module(module: nn.Module, *, layout: Layout, lease: Lease, constants: S
     """
     for attempt in range(_NUM_ATTEMPTS):
         try:
-            return _Copier(module, layout=layout, lease=lease, constants=constants).copy()
+            return _Copier(module, layout=layout, lease=lease, constants=constants, marks=marks).copy()
         except _ChangedWhileCopiedError as failure:
             if attempt == _NUM_ATTEMPTS - 1:
                 raise UncopyableError(
@@ -134,10 +110,21 @@ def copy_module(module: nn.Module, *, layout: Layout, lease: Lease, constants: S
     raise AssertionError("unreachable")
 
 
-def rebind(module: nn.Module, *, constants: Sequence[str] = ()) -> None:
+def rebind(module: nn.Module, *, constants: Sequence[str] = (), marks: Marks | None = None) -> None:
     """Raise what `copy_module` would raise for `module`, without needing memory: a dry run over empty views."""
     entries = list(find_state(module))
-    _Copier(module, layout=lay_out(entries), lease=None, constants=constants).copy()
+    _Copier(module, layout=lay_out(entries), lease=None, constants=constants, marks=marks).copy()
+
+
+def mark_loose_tensors(module: nn.Module) -> Marks:
+    """Note the tensors of `module` that no file carries, as they are now, before passes run in it.
+
+    What cannot be walked is left unnoted here; the first stage that copies the module says why.
+    """
+    copier = _Copier(module, layout=lay_out(find_state(module)), lease=None, constants=("*",), marks=None)
+    with contextlib.suppress(Exception):
+        copier.copy()
+    return Marks(copier.loose)
 
 
 class _ChangedWhileCopiedError(Exception):
@@ -169,12 +156,22 @@ class _Findings:
 class _Copier(TorchFunctionMode):
     """One copy of one module. As a function mode it answers for the tensors that `deepcopy` reaches."""
 
-    def __init__(self, root: nn.Module, *, layout: Layout, lease: Lease | None, constants: Sequence[str]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        *,
+        layout: Layout,
+        lease: Lease | None,
+        constants: Sequence[str],
+        marks: Marks | None,
+    ) -> None:
         super().__init__()
         self._root = root
         self._layout = layout
         self._lease = lease
         self._constants = constants
+        self._marks = marks
+        self.loose: list[torch.Tensor] = []  # of the module that is copied: neither weights nor views of them
         self._findings = _Findings()
         self._memo: dict[int, Any] = {}
         self._keep: list[object] = []  # what the memo names by id must not die and lend its id to another object
@@ -199,7 +196,8 @@ class _Copier(TorchFunctionMode):
                     yield_gil_when_due()
             self._findings.raise_if_any()
             twin = self._memo[id(self._root)]
-            return Twin(module=twin, views=self._views, carried=tuple(self._findings.carried))
+            loose = tuple(self._memo[id(tensor)] for tensor in self.loose)
+            return Twin(module=twin, views=self._views, carried=tuple(self._findings.carried), loose=loose)
 
     # -- registered state ----------------------------------------------------------------------------------------------
 
@@ -210,7 +208,8 @@ class _Copier(TorchFunctionMode):
                 known = self._map_tensor(entry)
             self._views[entry.name] = known.detach()
             if not entry.persistent:
-                self._judge(entry.name, entry.tensor, owner=entry.owner)
+                self.loose.append(entry.tensor)
+                self._judge(entry.name, entry.tensor, owner=entry.owner, marks=self._marks)
 
     def _map_tensor(self, entry: StateEntry) -> torch.Tensor:
         source = entry.tensor
@@ -229,7 +228,7 @@ class _Copier(TorchFunctionMode):
     def _view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
         if self._lease is None:
             return torch.empty_strided(like.shape, [0] * like.dim(), dtype=like.dtype, device="meta")
-        stride = None if like.is_contiguous() or _overlaps_itself(like) else like.stride()
+        stride = None if like.is_contiguous() or overlaps_itself(like) else like.stride()
         return self._lease.view(offset, dtype=like.dtype, shape=like.shape, stride=stride)
 
     def _remember(self, source: object, result: object) -> None:
@@ -323,7 +322,7 @@ class _Copier(TorchFunctionMode):
         if self._find_overlap(array) is not None:
             self._refuse(path, name, "it is a numpy array over a weight, and arrays do not follow into a copy")
         else:
-            self._judge(f"{path}.{name}" if path else name, array, owner=self._where[1])
+            self._judge(f"{path}.{name}" if path else name, array, owner=self._where[1], marks=None)
 
     def _judge_function(self, path: str, name: str, function: Callable[..., object], *, is_hook: bool) -> None:
         for captured in find_captured(function):
@@ -367,7 +366,8 @@ class _Copier(TorchFunctionMode):
             result = self._view(offset, tensor)
         else:
             path, owner = self._where
-            self._judge(name_tensor(path, owner, tensor), tensor, owner=owner)
+            self.loose.append(tensor)
+            self._judge(name_tensor(path, owner, tensor), tensor, owner=owner, marks=self._marks)
             result = tensor.detach().clone() if self._lease is not None else tensor
         self._remember(tensor, result)
         return result
@@ -375,12 +375,12 @@ class _Copier(TorchFunctionMode):
     def _find_overlap(self, tensor: torch.Tensor) -> int | None:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_meta:
             return None
-        if _overlaps_itself(tensor):
+        if overlaps_itself(tensor):
             return None
         return self._layout.find_offset(tensor.data_ptr(), extent_nbytes(tensor))
 
-    def _judge(self, name: str, tensor: torch.Tensor, *, owner: nn.Module) -> None:
-        if may_carry_over(name, tensor, owner=owner, constants=self._constants):
+    def _judge(self, name: str, tensor: torch.Tensor, *, owner: nn.Module, marks: Marks | None) -> None:
+        if may_carry_over(name, tensor, owner=owner, constants=self._constants, marks=marks):
             if name.rpartition(".")[2] not in find_refreshed_names(owner):
                 self._findings.carried.append(name)
             return
@@ -389,7 +389,7 @@ class _Copier(TorchFunctionMode):
             Problem(
                 code="STALE_STATE",
                 message=f"Expected a declaration for {shorten_repr(name)} ({what}), which no file carries and which "
-                f"{type(owner).__name__} may have computed from its weights, got none",
+                f"{type(owner).__name__}, or a pass, may have computed from weights, got none",
                 tensor=name,
             )
         )

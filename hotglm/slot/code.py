@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from hotglm.breakage import find_unfilled
 from hotglm.contract import Contract
+from hotglm.model.derived import Marks
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import Definition, find_definition, find_definitions, read_config
 from hotglm.slot.generation import Generation
@@ -39,12 +40,14 @@ class Code:
         contract: what it promises.
         reads: the versions of weights it can read; None for all that fit.
         is_new: whether it is not the live generation's own structure.
+        marks: its loose tensors as they were before passes ran in it; None for code that has run no pass here.
     """
 
     module: nn.Module
     contract: Contract
     reads: VersionRange | None
     is_new: bool
+    marks: Marks | None = None
 
 
 def choose_code(offer: Offer, *, live: Generation, version: Version | None) -> Code:
@@ -74,7 +77,8 @@ def choose_code(offer: Offer, *, live: Generation, version: Version | None) -> C
 
 def _current(live: Generation) -> Code:
     own = find_definition(type(live.module))
-    return Code(module=live.module, contract=live.contract, reads=own.reads if own else None, is_new=False)
+    reads = own.reads if own else None
+    return Code(module=live.module, contract=live.contract, reads=reads, is_new=False, marks=live.marks)
 
 
 def _can_hold(code: Code, offer: Offer, version: Version | None) -> bool:

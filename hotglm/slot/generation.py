@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from hotglm.contract import Contract
+from hotglm.model.derived import Marks
+from hotglm.model.twin import mark_loose_tensors
 from hotglm.version import Version
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Generation:
         digest: digest of its weights, `sha256:...`; None where hashing was turned off or not asked for.
         digests: digest of each tensor by name; empty where there is none.
         name: name of the slot.
+        marks: its loose tensors as they were before passes ran in it.
     """
 
     __slots__ = (
@@ -78,6 +81,7 @@ class Generation:
         "contract",
         "digest",
         "digests",
+        "marks",
         "module",
         "name",
         "number",
@@ -96,6 +100,7 @@ class Generation:
         digest: str | None = None,
         arena: Arena | None = None,
         lease: Callable[[], object | None] | None = None,
+        marks: Marks | None = None,
     ) -> None:
         """Put the parts together; made by slots only."""
         self.module = module
@@ -107,6 +112,7 @@ class Generation:
         self.digest = digest
         self._arena = arena
         self._lease = lease
+        self.marks = marks if marks is not None else mark_loose_tensors(module)
 
     @property
     def arena(self) -> Arena | None:

@@ -25,7 +25,7 @@ __all__ = ["RESERVE_NBYTES", "ArenaPool", "MemoryPlan", "MemoryPolicy", "read_av
 
 
 RESERVE_NBYTES = 64 << 20
-"""What a plan leaves to everybody else: the passes that run, and the stacks and small objects of the stage's threads."""
+"""What a plan leaves to others: the passes that run, and the stacks and small objects of the stage's threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,10 @@ from hotglm.errors import (
     Problem,
     RefreshError,
 )
-from hotglm.model.derived import run_refreshers
+from hotglm.model.derived import Marks, run_refreshers
+from hotglm.model.extents import lay_out
 from hotglm.model.inspection import StateEntry, contract_of, find_state
-from hotglm.model.twin import Twin, copy_module, lay_out, rebind
+from hotglm.model.twin import Twin, copy_module, rebind
 from hotglm.release.environment import read_environment
 from hotglm.slot.checks import GradMode, StagePolicy, run_checks
 from hotglm.slot.code import Code, choose_code
@@ -113,13 +114,15 @@ class _Stage:
             layout = lay_out(entries)
             record.plan = self._spares.plan(layout.nbytes)
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up
-                rebind(code.module, constants=self._constants())
+                rebind(code.module, constants=self._constants(), marks=code.marks)
         with record.timed("memory"):
             taken = self._spares.take(record.plan, cancellation=cancellation)
             if taken.is_fresh:
                 self._populate(taken.arena)
         with record.timed("copy"):
-            twin = copy_module(code.module, layout=layout, lease=taken.lease, constants=self._constants())
+            twin = copy_module(
+                code.module, layout=layout, lease=taken.lease, constants=self._constants(), marks=code.marks
+            )
             record.carried = twin.carried
             self._carry_over(entries, twin)
         loaded = self._load(twin, layout, taken.lease, entries)
@@ -234,6 +237,7 @@ class _Stage:
         request.cancellation.raise_if_cancelled()
         with record.timed("refresh"):
             record.refreshed = (*run_refreshers(twin.module), *self._run_slot_refresh(twin.module))
+            marks = Marks(twin.loose)  # before warm-up, which is a pass
         with record.timed("check"):
             proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
         values = [
@@ -253,6 +257,7 @@ class _Stage:
             digest=digest,
             arena=taken.arena,
             lease=taken.lease.watch,
+            marks=marks,
         )
 
     def _run_slot_refresh(self, module: nn.Module) -> tuple[str, ...]:

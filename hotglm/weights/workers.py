@@ -103,9 +103,9 @@ def lower_priority(nice: int) -> None:
 def computing_alone() -> Iterator[None]:
     """Have torch compute in the calling thread alone; change nothing for any other thread.
 
-    A worker is one of several, and the teams of threads that each would have would wait for each other, spinning, on the
-    cores of the service. `torch.set_num_threads` is process-wide; OpenMP's own setting is the thread's. Where torch was
-    built without OpenMP, or hides it, nothing happens.
+    A worker is one of several, and the teams of threads that each would have would wait for each other, spinning, on
+    the cores of the service. `torch.set_num_threads` is process-wide; OpenMP's own setting is the thread's. Where
+    torch was built without OpenMP, or hides it, nothing happens.
     """
     if _omp is None:
         yield

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hotglm.model.twin import extent_nbytes
+from hotglm.model.extents import extent_nbytes
 from hotglm.weights.arena import ALIGNMENT, Arena, Lease
 from hotglm.weights.loader import Target
 
