@@ -335,3 +335,32 @@ def test_a_policy_that_cannot_be_meant_is_refused_with_the_fields() -> None:
         hotglm.StagePolicy(**bad)
     assert all(field in str(caught.value) for field in bad)
     assert isinstance(caught.value, HotglmError)
+
+
+def test_warm_up_leaves_no_trace_in_running_statistics() -> None:
+    """What goes live after warm-up and checks is bitwise what was loaded, batch norm in training mode included."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+
+    x = torch.randn(8, 4)
+    policy = hotglm.StagePolicy(warm_up=(x,), checks=(lambda module: module(x) is not None,))
+    slot = hotglm.ModuleSlot(make(), name="m", version="1.0.0", policy=policy)
+    state = make().state_dict()
+    slot.update(state, version="1.0.1")
+    assert all(torch.equal(found, state[name]) for name, found in slot.state_dict().items())
+
+
+def test_a_check_that_writes_weights_is_refused() -> None:
+    """A check that trains what it is given is named with the parameters it wrote, and the old version still serves."""
+
+    def train(module: nn.Module) -> None:
+        with torch.no_grad():
+            next(module.parameters()).add_(1)
+
+    slot = hotglm.ModuleSlot(nn.Linear(2, 2), name="m", version="1.0.0")
+    before = slot(torch.ones(2))
+    with pytest.raises(hotglm.CallableCheckError) as caught:
+        slot.update(nn.Linear(2, 2), version="1.0.1", policy=hotglm.StagePolicy(checks=(train,)))
+    assert caught.value.tensor == "weight"
+    assert torch.equal(slot(torch.ones(2)), before)

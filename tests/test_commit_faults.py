@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 
 import hotglm
+from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 
 
 class Interrupt(BaseException):

@@ -12,6 +12,7 @@ from torch import nn
 
 import hotglm
 from hotglm.errors import DefinitionError, RefreshError, StaleStateError
+from hotglm.weights.digest import digest_tensor
 from support.swaps import Model, build, make_class, refused, same_bits, swap
 
 X = torch.arange(4.0).reshape(2, 2)
@@ -303,3 +304,34 @@ def test_a_cache_of_activations_in_a_module_without_weights_is_not_carried_over(
     with pytest.raises(StaleStateError, match=r"cache\.keys"):
         slot.update(maker(2).state_dict())
     assert str(slot.version) == "0.0.0"
+
+
+def test_a_buffer_that_a_refresh_replaces_goes_back_to_its_place() -> None:
+    """A refresh may assign a new tensor; the arena holds its values, the digest is of them, and no memory is shared."""
+
+    class Cached(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("doubled", self.linear.weight.detach() * 2)
+
+        doubled: torch.Tensor
+
+        @hotglm.refresh("doubled")
+        def _double(self) -> None:
+            self.doubled = self.linear.weight.detach() * 2
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.doubled
+
+    slot = hotglm.ModuleSlot(Cached(1), name="m", version="1.0.0")
+    state = Cached(2).state_dict()
+    state["doubled"] = torch.zeros(2, 2)
+    receipt = slot.update(state, version="1.0.1")
+    assert torch.equal(slot(X[:, :2]), X[:, :2] @ (state["linear.weight"] * 2))
+    doubled = slot.state_dict()["doubled"]
+    assert receipt.digests["doubled"] == digest_tensor(doubled)
+    arena = slot.live.arena
+    assert arena is not None
+    assert arena.address <= doubled.data_ptr() < arena.address + arena.nbytes

@@ -26,8 +26,8 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 SETTLING_NBYTES = 4 << 20
 MAX_GROWTH_PER_SWAP = 100
-"""Bytes. A leaked arena is 16 KiB of memory per swap, a leaked generation hundreds of objects, tens of KiB together; what
-may grow is what the allocator has not given back: once `SETTLING_NBYTES`, and 26 bytes per swap after that, as measured
+"""Bytes. A leaked arena is 16 KiB of memory per swap, a leaked generation hundreds of objects, tens of KiB; what may
+grow is what the allocator has not given back: once `SETTLING_NBYTES`, and 26 bytes per swap after that, as measured
 over swaps 7,000 to 10,000. The history fills in the first half, which is not measured."""
 
 
@@ -130,7 +130,7 @@ def test_ten_thousand_rollbacks_leave_nothing(slot: hotglm.ModuleSlot) -> None:
 
 
 def test_a_thousand_refusals_leave_nothing(slot: hotglm.ModuleSlot) -> None:
-    """1,000 stages that load and then fail their check, half of them with the error kept, leave nothing."""
+    """1,000 stages that load and then fail their check, the last ten errors kept, leave nothing."""
     state = make_state(1, width=WIDTH)
     policy = hotglm.StagePolicy(checks=(lambda module: False,))
     kept: list[BaseException] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hotglm.events import Event, HeldEvent
 from hotglm.seam import Seam
 from hotglm.slot import memory
 from hotglm.slot.memory import RESERVE_NBYTES, read_available_nbytes
+from support.faulty_seam import fail_with, hooked
 from support.universal import Chain, World, make_state, universal
 
 WIDTH, DEPTH = 64, 3
@@ -130,6 +131,49 @@ def test_a_slot_that_is_gone_leaves_no_memory(counted: CountedMemory) -> None:
     del slot
     gc.collect()
     assert counted.nbytes == 0
+
+
+def fail_reading(slot: hotglm.ModuleSlot, path: Path) -> None:
+    always = fail_with("preadv", lambda: OSError(5, "planted"))
+    with hooked(lambda kind, count, args: always(args) if kind == "preadv" else None):
+        slot.update(path)
+
+
+def fail_to_commit(slot: hotglm.ModuleSlot, path: Path) -> None:
+    slot.commit(slot.stage(path), expected="9.9.9")
+
+
+FAILURES: dict[str, Callable[[hotglm.ModuleSlot, Path], object]] = {
+    "open": lambda slot, path: slot.update("/nonexistent"),
+    "verdict": lambda slot, path: slot.update({"other": torch.ones(1)}, version="9.0.0"),
+    "read": fail_reading,
+    "check": lambda slot, path: slot.update(path, policy=hotglm.StagePolicy(checks=(refuse,))),
+    "commit": fail_to_commit,
+    "update": lambda slot, path: slot.update(path, expected="9.9.9"),
+    "rollback": lambda slot, path: slot.rollback("9.9.9"),
+    "confirm": lambda slot, path: slot.confirm(expected="9.9.9"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_an_error_that_is_kept_keeps_no_memory(counted: CountedMemory, tmp_path: Path, name: str) -> None:
+    """P9: whatever is refused, its error and traceback hold neither the spare nor what was live, collector or not."""
+    hotglm.save_weights(make(9), tmp_path / "nine.safetensors", version="1.0.9", name="chain")
+    slot = make_slot()
+    update(slot, 1)
+    update(slot, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(HotglmError) as caught:
+            FAILURES[name](slot, tmp_path / "nine.safetensors")
+        for number in range(3, 6):
+            update(slot, number)
+        assert counted.nbytes == counted.peak_nbytes == 2 * NBYTES
+    finally:
+        gc.enable()
+    assert caught.value.__traceback__ is not None
+    assert answers(slot, 5)
 
 
 # -- the rollback target -----------------------------------------------------------------------------------------------
@@ -302,13 +346,13 @@ def test_a_holder_does_not_push_a_slot_over_its_limit(counted: CountedMemory) ->
 
 def test_the_first_module_kept_outside_costs_one_copy_and_is_named(counted: CountedMemory, heard: list[Event]) -> None:
     """DESIGN, ownership: whoever keeps the module that the slot was given is named, and is never written under."""
-    module = make(0)
-    slot = hotglm.ModuleSlot(module, name="chain", version="1.0.0", memory=hotglm.MemoryPolicy(**BIG))
+    kept = [make(0)]
+    slot = hotglm.ModuleSlot(kept[0], name="chain", version="1.0.0", memory=hotglm.MemoryPolicy(**BIG))
     slot.subscribe(heard.append)
     for number in range(1, 5):
         update(slot, number)
     with torch.no_grad():
-        assert module(X).equal(make(0)(X))
+        assert kept[0](X).equal(make(0)(X))
     assert counted.nbytes == 2 * NBYTES, "the kept module is the third copy"
     status = slot.status()
     assert [(entry.number, entry.state) for entry in status.generations if entry.state == "draining"] == [
@@ -316,7 +360,7 @@ def test_the_first_module_kept_outside_costs_one_copy_and_is_named(counted: Coun
     ]
     assert [event.number for event in heard if isinstance(event, HeldEvent)] == [1]
     assert any(holder.number == 1 and "Chain" in holder.description for holder in slot.find_holders())
-    del module
+    kept.clear()
     gc.collect()
     slot.wait_drained(timeout_s=5)
     assert all(entry.state != "draining" for entry in slot.status().generations)

@@ -292,6 +292,18 @@ def test_what_looks_for_holders_does_not_name_itself(gate: hotglm.ModuleSlot) ->
     del keeper
 
 
+@pytest.mark.xfail(
+    strict=True, reason="the collector does not see local variables of running functions, and find_holders says nothing"
+)
+def test_what_the_collector_cannot_see_is_still_said(gate: hotglm.ModuleSlot) -> None:
+    """While status() shows a generation as draining, find_holders is never empty: a local variable is a holder too."""
+    kept = gate.live.module
+    retire(gate)
+    assert any(entry.state == "draining" for entry in gate.status().generations)
+    assert gate.find_holders() != ()
+    del kept
+
+
 def test_a_session_is_named_with_its_thread_and_place(gate: hotglm.ModuleSlot) -> None:
     """find_holders and status name an open session by its thread and the line that acquired it."""
     with gate.acquire():

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support.torn import INPUT, LAYERS, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 from torch import nn
 
 import hotglm
 from hotglm.errors import MemoryPlanError
 from hotglm.events import Event, HeldEvent
+from support.torn import INPUT, LAYERS, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 
 NBYTES = 512  # of the oracle's arena: four layers of 4 x 4 float64
 

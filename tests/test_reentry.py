@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 from torch import nn
 
 import hotglm
@@ -25,6 +24,7 @@ from hotglm import seam
 from hotglm.errors import ConflictError, DiscardedError, ReentrantError, SupersededError
 from hotglm.seam import Seam
 from hotglm.weights import loader
+from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 
 OLD, LIVE, NEW, LATER = PRIMES[:4]
 
@@ -117,7 +117,8 @@ def act(world: World, operation: str) -> object:
         case "rollback":
             return slot.rollback()
         case "close":
-            return slot.close()
+            slot.close()
+            return None
         case _:
             return (slot.status(), slot.confirm(), slot.find_holders(), slot(INPUT), slot.version, slot.history)
 

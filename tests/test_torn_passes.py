@@ -11,6 +11,8 @@ import ctypes
 
 import pytest
 import torch
+
+import hotglm
 from support.planted import DataAssignment, ForgottenPin, InPlaceCopy, ReaderPreferringLock, TwoBuffers
 from support.torn import (
     INPUT,
@@ -24,8 +26,6 @@ from support.torn import (
     run_harness,
     weights,
 )
-
-import hotglm
 
 PASSES = 200_000
 SWAPS = 2_000

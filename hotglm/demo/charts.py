@@ -35,6 +35,7 @@ _BIN_S = 0.05
 _LEAST_RIGHT = 0.5  # the strip's lower edge
 _GAP_S = 0.1
 """From which length a time without answers is shaded."""
+_LABEL_WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +115,8 @@ def _draw_gaps(run: Run, scale: Scale) -> Iterator[str]:
         size = f'x="{left:.1f}" width="{right - left:.1f}" y="{_RIGHT_TOP}" height="{_BOTTOM - _RIGHT_TOP}"'
         yield f'<rect class="gap" {size}/>'
         num_failed = sum(a.version is None and begin_s <= a.ended_s <= end_s for a in run.answers)
-        lines = (f"{1e3 * (end_s - begin_s):,.0f} ms", "without an answer", f"{num_failed:,} requests failed")
-        for place, line in enumerate(lines):
+        lines = [f"{1e3 * (end_s - begin_s):,.0f} ms", "without an answer", f"{num_failed:,} requests failed"]
+        for place, line in enumerate(lines if right - left > _LABEL_WIDTH else lines[:1]):
             yield _text((left + right) / 2, _TOP + _HEIGHT / 2 + 18 * (place - 1), line, "loud middle")
 
 

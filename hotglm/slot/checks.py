@@ -133,10 +133,12 @@ def run_checks(module: nn.Module, *, policy: StagePolicy, mode: GradMode) -> tup
         GoldenMismatchError: outputs differ.
         CallableCheckError: a check raised, or did not answer None or True.
     """
-    with mode.applied():
-        _run_warm_up(module, policy.warm_up)
-        _compare_goldens(module, policy.goldens)
-    _ask(module, policy.checks)
+    if policy.warm_up or policy.goldens or policy.checks:
+        with _unchanged(module):
+            with mode.applied():
+                _run_warm_up(module, policy.warm_up)
+                _compare_goldens(module, policy.goldens)
+            _ask(module, policy.checks)
     return (
         *(
             [f"{len(policy.warm_up)} warm-up {'pass' if len(policy.warm_up) == 1 else 'passes'}"]
@@ -146,6 +148,41 @@ def run_checks(module: nn.Module, *, policy: StagePolicy, mode: GradMode) -> tup
         *(f"golden {golden.name!r}" for golden in policy.goldens),
         *(f"check {_name(check)}" for check in policy.checks),
     )
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Undo what passes in the body do to buffers (running statistics), and refuse a body that writes parameters.
+
+    What goes live must be what was loaded and hashed: a cold load has run no pass (P12).
+
+    Raises:
+        CallableCheckError: the body wrote parameters.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():
+        buffers = [(owner, name, b, b.clone()) for owner, name, b in _find_buffers(module)]
+    versions = {name: (parameter, parameter._version) for name, parameter in module.named_parameters()}
+    yield
+    # All of them: batch norm writes its statistics without counting a change.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for owner, name, buffer, value in buffers:
+            owner._buffers[name] = buffer
+            buffer.copy_(value)
+    now = dict(module.named_parameters())
+    changed = [name for name, (p, version) in versions.items() if now.get(name) is not p or p._version != version]
+    if changed:
+        raise CallableCheckError(
+            "Expected checks that only look, got some that wrote weights.",
+            problems=[Problem(code="GATE_FAILED", message="A check or pass wrote it", tensor=name) for name in changed],
+            remedy="run the check on a copy (copy.deepcopy(module)), or make it stop training what it is given.",
+        )
+
+
+def _find_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                yield owner, name, buffer
 
 
 def call_with(module: nn.Module, inputs: Inputs) -> Any:

@@ -47,7 +47,7 @@ from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.stager import Stager, clear_frames
 from hotglm.slot.staging import StageRequest
 from hotglm.version import Bump, Version
-from hotglm.weights.workers import Cancellation
+from hotglm.weights.workers import Cancellation, yield_gil
 
 __all__ = ["SlotCore", "SlotSettings", "StageOptions"]
 
@@ -169,6 +169,7 @@ class SlotCore:
                 previous_number=before.number,
             )
         )
+        yield_gil()  # rollbacks in a tight loop leave passes their turns (F15 in tests/test_concurrent_updates.py)
         return receipt
 
     @_keeping_no_memory

@@ -31,7 +31,7 @@ from hotglm.errors import (
 from hotglm.model.derived import Marks, run_refreshers
 from hotglm.model.extents import lay_out
 from hotglm.model.inspection import StateEntry, contract_of, find_state
-from hotglm.model.twin import Twin, copy_module, rebind
+from hotglm.model.twin import Twin, copy_module, rebind, settle_in_place
 from hotglm.release.environment import read_environment
 from hotglm.slot.checks import GradMode, StagePolicy, run_checks
 from hotglm.slot.code import Code, choose_code
@@ -43,7 +43,7 @@ from hotglm.slot.staged import Staged, StageRecord
 from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
 from hotglm.weights.arena import Arena, Lease
-from hotglm.weights.digest import combine_digests
+from hotglm.weights.digest import combine_digests, digest_tensor
 from hotglm.weights.layout import Layout
 from hotglm.weights.loader import Loaded, LoadOptions, Target, load_files, load_tensors
 from hotglm.weights.plan import CHUNK_NBYTES
@@ -236,7 +236,7 @@ class _Stage:
         request, record = self._request, self._record
         request.cancellation.raise_if_cancelled()
         with record.timed("refresh"):
-            record.refreshed = (*run_refreshers(twin.module), *self._run_slot_refresh(twin.module))
+            self._refresh(twin, loaded)
             marks = Marks(twin.loose)  # before warm-up, which is a pass
         with record.timed("check"):
             proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
@@ -259,6 +259,15 @@ class _Stage:
             lease=taken.lease.watch,
             marks=marks,
         )
+
+    def _refresh(self, twin: Twin, loaded: Loaded) -> None:
+        """Recompute derived state; what lands in the state dict is hashed again, because that is what will be live."""
+        before = {name: view._version for name, view in twin.views.items()}
+        self._record.refreshed = (*run_refreshers(twin.module), *self._run_slot_refresh(twin.module))
+        if self._record.refreshed:
+            settle_in_place(twin)
+            written = [name for name in loaded.digests if twin.views[name]._version != before[name]]
+            loaded.digests |= {name: digest_tensor(twin.views[name]) for name in written}
 
     def _run_slot_refresh(self, module: nn.Module) -> tuple[str, ...]:
         refresh = self._request.refresh

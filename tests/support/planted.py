@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 
 import torch
-from support.torn import Oracle, SlotEngine, weights
 
 import hotglm
 from hotglm.slot.admission import Admission
@@ -15,6 +14,7 @@ from hotglm.slot.memory import ArenaPool
 from hotglm.slot.spare import Spares
 from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.workers import Cancellation
+from support.torn import Oracle, SlotEngine, weights
 
 
 class InPlaceCopy:

@@ -22,11 +22,19 @@ _LIMIT_S = 30.0
 
 @dataclass(slots=True)
 class Actor:
-    """One thread of the program under test; what other threads do for it counts as its own steps."""
+    """One thread of the program under test; what other threads do for it counts as its own steps.
+
+    Attributes:
+        name: what to call it in a trace.
+        body: what it does.
+        independent_of: actors whose steps commute with its own.
+        twin_of: an actor that does the same and begins first, so that no schedule is run twice with the names exchanged.
+    """
 
     name: str
     body: Callable[[], object]
     independent_of: frozenset[str] = frozenset()
+    twin_of: str | None = None
     go: threading.Lock = field(default_factory=threading.Lock)
     done: bool = False
     at: str = "start"
@@ -49,7 +57,6 @@ class Schedule:
         self._actors = list(actors)
         self._prefix = list(prefix)
         self._back = threading.Lock()
-        self._local = threading.local()
         self._current: Actor | None = None
         self.choices: list[tuple[int, int]] = []  # which of how many
         self.order: list[str] = []
@@ -84,7 +91,7 @@ class Schedule:
         return Outcome(order=tuple(self.order), trace=tuple(self.trace), failures=failures)
 
     def _find_candidates(self) -> list[Actor]:
-        ready = [actor for actor in self._actors if not actor.done]
+        ready = [a for a in self._actors if not a.done and (a.twin_of is None or a.twin_of in self.order)]
         if not self.order:
             return ready
         last = self.order[-1]

@@ -185,7 +185,9 @@ def switching_often(interval_s: float = 1e-6) -> Iterator[None]:
 class _Run:
     """One run of the harness: what has been published so far, and what the readers found."""
 
-    def __init__(self, engine: Engine, plan: Sequence[int], *, passes: int, until_torn: bool, deadline_s: float) -> None:
+    def __init__(
+        self, engine: Engine, plan: Sequence[int], *, passes: int, until_torn: bool, deadline_s: float
+    ) -> None:
         self.report = Report()
         self._engine = engine
         self._versions = [PRIMES[0], *plan]
