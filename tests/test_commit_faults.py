@@ -128,7 +128,7 @@ def count_points(prepare: Callable[[], Callable[[], object]]) -> int:
 
 @pytest.mark.parametrize("operation", ["update", "stage", "commit", "rollback", "confirm", "discard"])
 def test_an_interrupt_at_every_point_leaves_one_whole_version(operation: str) -> None:
-    """F18: wherever the caller is interrupted, the operation has happened entirely or not at all, and locks are free."""
+    """F18: wherever the caller is interrupted, the operation has happened whole or not at all, and locks are free."""
     target, step, before = PRIMES[20], 0, PRIMES[0]
     slot = make_slot()
 
@@ -139,12 +139,13 @@ def test_an_interrupt_at_every_point_leaves_one_whole_version(operation: str) ->
         if operation in ("commit", "discard"):
             staged = slot.stage(weights(target), version=name_version(target))
             return lambda: slot.commit(staged) if operation == "commit" else staged.discard()
-        return {
+        actions: dict[str, Callable[[], object]] = {
             "update": lambda: update_to(slot, target),
             "stage": lambda: slot.stage(weights(target), version=name_version(target)),
             "rollback": slot.rollback,
             "confirm": slot.confirm,
-        }[operation]
+        }
+        return actions[operation]
 
     num_points = count_points(prepare)
     assert num_points >= 4

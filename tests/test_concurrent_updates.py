@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def run_all(functions: list[Callable[[], object]], *, timeout_s: float = 120) ->
 
 @pytest.mark.parametrize("num_updates", [16, pytest.param(1024, marks=pytest.mark.stress)])
 def test_each_of_eight_updating_threads_gets_its_own_result(num_updates: int) -> None:
-    """F05: updates are made one after the other, and each caller gets the receipt of its own weights, digest included."""
+    """F05: updates are made one after the other, each caller gets the receipt of its own weights, digest included."""
     slot = make_slot(max_copies=2)
     policy = replace(LEAN, digest=True)
     digests: dict[int, set[str | None]] = {prime: set() for prime in PRIMES}
@@ -146,7 +147,7 @@ class Ledger:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_history_of_concurrent_changes_is_linearizable(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F06: updates, commits and rollbacks of six threads are some sequence of them that respects their order in time."""
+    """F06: updates, commits and rollbacks of six threads are some sequence of them that keeps their order in time."""
     slot = make_slot()
     ledger = Ledger(monkeypatch)
     refusals: list[SlotStateError] = []
@@ -180,16 +181,15 @@ def test_the_history_of_concurrent_changes_is_linearizable(seed: int, monkeypatc
         assert operation.old == live
         assert (operation.kind, operation.epoch, operation.new) == (entry.action, entry.epoch, entry.number)
         live = operation.new
-    for earlier, later in zip(operations, operations[1:], strict=False):
-        # No later operation had returned before an earlier one was called.
-        assert all(other.returned > earlier.called for other in operations[earlier.epoch :]), (earlier, later)
+    for operation in operations:  # no later one had returned when this one was called
+        assert all(later.returned > operation.called for later in operations[operation.epoch :]), operation
     assert slot.live.number == live
     assert len(operations) > 20
     assert str(slot.version) == name_version(read_version(slot(INPUT)))
 
 
 def test_every_thread_sees_a_swap_that_has_returned() -> None:
-    """F12: when an update or a rollback has returned, the next pass and session of every thread is in the new version."""
+    """F12: when an update or a rollback has returned, the next pass and session of any thread is in the new version."""
     slot = make_slot()
     barrier = threading.Barrier(5)
     plan = [*PRIMES[1:20], PRIMES[18]]
@@ -214,7 +214,7 @@ def test_every_thread_sees_a_swap_that_has_returned() -> None:
     run_all([read, read, read, read, swap])
 
 
-# -- F14, F15: neither side starves --------------------------------------------------------------------------------------
+# -- F14, F15: neither side starves ------------------------------------------------------------------------------------
 
 
 class Work(nn.Module):
@@ -242,7 +242,7 @@ class Readers:
             self._slot(self._x)
             self.counts[index] += 1
 
-    def __enter__(self) -> Readers:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self
@@ -254,7 +254,7 @@ class Readers:
 
 
 def test_a_writer_gets_through_eight_busy_readers() -> None:
-    """F14: with eight readers that never pause, every commit and rollback returns, the slowest of 100 within a second."""
+    """F14: with eight readers that never pause, commits and rollbacks return, the slowest of 100 within a second."""
     slot = make_slot()
     update(slot, PRIMES[1])
     update(slot, PRIMES[2])
@@ -281,7 +281,7 @@ def test_readers_keep_half_their_speed_in_a_storm_of_swaps(storm: str) -> None:
     x, values = torch.ones(256, 512), torch.full((512, 512), 3.0)
     versions = itertools.cycle(["1.0.1", "1.0.2"])
     pause = threading.Event()
-    actions = {
+    actions: dict[str, Callable[[], object]] = {
         "idle": lambda: pause.wait(0.05),
         "rollback": lambda: slot.rollback(to=next(versions)),
         "update": lambda: slot.update({"weight": values}, version="1.0.3"),
@@ -325,7 +325,7 @@ class Outer(nn.Module):
 
 
 def test_nested_passes_do_not_wait_for_a_writer_in_progress() -> None:
-    """F16: a pass that enters the slot again while a commit holds the writers' lock goes through, and so does the commit."""
+    """F16: a pass that enters the slot again while a commit holds the writers' lock goes through, and so the commit."""
     inner = make_slot()
     update(inner, PRIMES[1])
     committing, passed = threading.Event(), threading.Event()

@@ -3,8 +3,8 @@
 A reader stops where it has loaded the publication but not yet its `call`, before the call, and between two layers. The
 swapper stops before and after everything it does to the memory that readers may be in: before it stops holding a
 generation, before it asks whether the memory is free, before it leases it, after it has filled it, under the writers'
-lock right before the store, and after. Readers only read what the swapper writes, so where their steps follow each other
-directly, one order of them stands for both (`support.schedule`).
+lock right before the store, and after. Readers only read what the swapper writes, so where their steps follow each
+other directly, one order of them stands for both (`support.schedule`).
 """
 
 from __future__ import annotations
@@ -254,10 +254,10 @@ def test_every_pass_is_in_the_version_it_began_in_whatever_the_order(scenario: S
 
 
 def count_schedules(scenario: Scenario) -> int:
-    """Return how many schedules there are, from the points alone: the placements of two readers among the swapper's steps.
+    """Return from the points alone how many schedules there are at least.
 
-    A reader of `r` steps and a swapper of `s` have C(r + s, r) orders. Two readers that commute choose theirs freely; the
-    second never begins first, which leaves a little more than half.
+    A reader of `r` steps and a swapper of `s` have C(r + s, r) orders. Two readers that commute choose theirs freely;
+    the second never begins first, which leaves a little more than half.
     """
     num_reader = 1 + len(scenario.reader_points)
     num_swapper = 1 + sum(

@@ -1,4 +1,4 @@
-"""What holds a generation's memory, and what lets it go: passes, sessions, views and leaks (F03, F04, F08, F09, F10)."""
+"""What holds a generation's memory, and what lets it go: passes, sessions, views, leaks (F03, F04, F08, F09, F10)."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_cancelled_task_lets_go() -> None:
 
 
 def test_a_leaked_session_is_named_with_its_place_and_swaps_go_on() -> None:
-    """F09: a session that is never exited is announced by the line that opened it, and keeps one arena, not the slot."""
+    """F09: a session that is never exited is announced by the line that opened it, and keeps one arena only."""
     slot = make_slot()
     events: list[Event] = []
     slot.subscribe(events.append)
@@ -260,13 +260,17 @@ KEEPERS = [keep_module, keep_generation, keep_bound_method, keep_parameter, keep
 
 @pytest.mark.parametrize("keep", KEEPERS)
 def test_memory_is_bounded_whatever_is_leaked(keep: Callable[[hotglm.ModuleSlot], object]) -> None:
-    """F09: leaks are refused once `limit_nbytes` is reached, with a typed error that says who; then all is as before."""
+    """F09: leaks are refused once `limit_nbytes` is reached, by a typed error that says who; then all is as before."""
     slot = make_slot(limit_nbytes=4 * NBYTES)
     kept: list[object] = []
-    with pytest.raises(MemoryPlanError) as refused:
+
+    def leak() -> None:
         for prime in PRIMES[5:]:
             kept.append(keep(slot))
             update(slot, prime)
+
+    with pytest.raises(MemoryPlanError) as refused:
+        leak()
     assert len(kept) < 8
     found = read_version(slot(INPUT))
     assert found == PRIMES[3 + len(kept)]  # the one before the refused one
@@ -297,7 +301,7 @@ def test_a_leaked_reference_is_named(keep: Callable[[hotglm.ModuleSlot], object]
     assert_all_let_go(slot)
 
 
-# -- F10: memory outlives its version -----------------------------------------------------------------------------------
+# -- F10: memory outlives its version ----------------------------------------------------------------------------------
 
 
 class FirstRow(nn.Module):

@@ -344,7 +344,7 @@ def test_an_absent_part_of_the_system_costs_speed_only(
     with World(tmp_path) as world:
         with universal(world, SourceReadError, code="NOT_FOUND"):
             world.slot.update(tmp_path / "nothing")
-        world.slot.rollback()
+        world.rollback()
 
 
 def test_a_system_that_forbids_priorities_is_served_all_the_same(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

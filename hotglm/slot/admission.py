@@ -14,7 +14,7 @@ slot that reuses without asking).
 **One store publishes.** All that a commit changes, the live generation, what is held for rollback, trial and history,
 is in one immutable `Publication`; `live = publication` is the commit. Before it nothing has changed; after it nothing
 that can fail is left to do. An asynchronous exception (KeyboardInterrupt) arrives before the store or after it
-(tests/test_commit_faults.py raises at every line).
+(tests/test_commit_faults.py interrupts at every point).
 
 **What the store relies on.** That loading and storing an attribute of an object are atomic with respect to each
 other: a reader gets the old reference or the new one, and owns it before the old one can be freed. CPython guarantees

@@ -63,6 +63,23 @@ class TwoBuffers:
         return
 
 
+class LateSwap:
+    """Bug: a swap returns before what it made can be seen; no pass is torn, but passes are in an older version."""
+
+    def __init__(self, version: int) -> None:
+        self._live = self._next = Oracle(version)
+
+    def call(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self._live(x)
+        return output
+
+    def swap(self, version: int) -> None:
+        self._live, self._next = self._next, Oracle(version)
+
+    def abandon(self) -> None:
+        return
+
+
 class ForgottenPin(SlotEngine):
     """Bug: hotglm's own slot, but an arena is reused as soon as no publication names it, whoever still runs in it."""
 

@@ -1,9 +1,9 @@
 """A deterministic scheduler: every order in which a few threads can reach their stopping points, one order at a time.
 
-An actor is a function that runs in a thread of its own and stops wherever `Schedule.point` is called on its behalf; only
-one actor ever runs, and the explorer chooses which goes on. A schedule is the list of these choices. `explore` replays
-the program from its start for each schedule, depth first, until there is no choice left untried (stateless model
-checking, as loom and CHESS do it).
+An actor is a function that runs in a thread of its own and stops wherever `Schedule.point` is called on its behalf.
+Only one actor ever runs, and the explorer chooses which goes on. A schedule is the list of these choices. `explore`
+replays the program from its start for each schedule, depth first, until there is no choice left untried (stateless
+model checking, as loom and CHESS do it).
 
 Actors that are said to be independent of each other (here: readers, which only read what the swapper writes) are
 explored in one order where they follow each other directly, because both orders lead to the same states.
@@ -28,7 +28,7 @@ class Actor:
         name: what to call it in a trace.
         body: what it does.
         independent_of: actors whose steps commute with its own.
-        twin_of: an actor that does the same and begins first, so that no schedule is run twice with the names exchanged.
+        twin_of: an actor that does the same and begins first, so that no schedule runs twice with the names exchanged.
     """
 
     name: str

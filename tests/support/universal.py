@@ -132,6 +132,12 @@ class World:
         self.wait_for_passes()
         self._published = [self.expected(number)]
 
+    def rollback(self) -> None:
+        """Go back to the version before, which passes may see from now on."""
+        before = self.slot.status().generations[1]
+        self.publish(int(str(before.version).rsplit(".", 1)[1]))
+        self.slot.rollback()
+
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def answer(self) -> torch.Tensor:
