@@ -22,7 +22,7 @@ from packaging.version import InvalidVersion, Version
 
 from hotglm.errors import shorten_repr
 
-__all__ = ["Environment", "Unmet", "find_unmet", "parse_requirement"]
+__all__ = ["Environment", "Unmet", "find_distinct", "find_unmet", "parse_requirement"]
 
 _MAX_LENGTH = 256
 """Longest requirement that is parsed."""
@@ -98,20 +98,27 @@ def parse_requirement(text: object) -> Requirement | Unmet:
     return requirement
 
 
+def find_distinct(requirements: Iterable[object]) -> Iterator[object]:
+    """Yield each requirement once, in the order given; at most one more than is looked at, to tell a flood by."""
+    seen: list[object] = []  # not a set: what a file lists as a requirement need not be hashable
+    for text in requirements:
+        if text not in seen:
+            seen.append(text)
+            yield text
+            if len(seen) > _MAX_REQUIREMENTS:
+                return
+
+
 def find_unmet(requirements: Iterable[object], environment: Environment) -> Iterator[Unmet]:
     """Yield what `environment` does not meet, each requirement at most once, in the order given.
 
     >>> [unmet.message for unmet in find_unmet(["torch>=2.6"], Environment(python="3.12.1"))]
     ["Expected 'torch>=2.6', got no such package."]
     """
-    seen: list[object] = []  # not a set: what a file lists as a requirement need not be hashable
-    for text in requirements:
-        if text in seen:
-            continue
-        if len(seen) == _MAX_REQUIREMENTS:
+    for number, text in enumerate(find_distinct(requirements)):
+        if number == _MAX_REQUIREMENTS:
             yield Unmet(code="BAD_REQUIREMENT", message=f"Expected at most {_MAX_REQUIREMENTS} requirements, got more.")
             return
-        seen.append(text)
         parsed = parse_requirement(text)
         unmet = parsed if isinstance(parsed, Unmet) else _find_reason(parsed, environment)
         if unmet is not None:

@@ -1,14 +1,17 @@
-"""One thing that is wrong, as data, and names from outside made safe to print.
+"""One thing that is wrong, as data, and names and texts from outside made safe to print.
 
-Rules this module keeps: a name that comes from a file is printed with `ascii`, so that no byte of it reaches a
-terminal or a log line raw.
+Rules this module keeps: a name that comes from a file is printed with `ascii`, and the text of an exception that others
+raised is escaped likewise (it may quote a file), so that no byte of either reaches a terminal or a log line raw.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-__all__ = ["Problem", "shorten_repr"]
+__all__ = ["Problem", "describe_exception", "shorten_repr"]
+
+_NOT_PRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,5 +52,26 @@ def shorten_repr(value: object, *, limit: int = 120) -> str:
     >>> shorten_repr("a\x1b[31m")
     "'a\\x1b[31m'"
     """
-    text = ascii(value[: 4 * limit] if isinstance(value, str) else value)
+    return _shorten(ascii(value[: 4 * limit] if isinstance(value, str) else value), limit)
+
+
+def describe_exception(error: BaseException, *, limit: int = 400) -> str:
+    r"""Return `TypeName: text` on one line of plain ASCII, cut in the middle to about `limit` characters; never raises.
+
+    >>> describe_exception(ValueError("bad\n\x1b[31mkey"))
+    'ValueError: bad\\n\\x1b[31mkey'
+    """
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - the text of a foreign exception is foreign code
+        text = "(its text cannot be had)"
+    plain = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return _shorten(_NOT_PRINTABLE.sub(_escape, _shorten(plain, 4 * limit)), limit)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return ascii(match[0])[1:-1]
+
+
+def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 3 :]}"

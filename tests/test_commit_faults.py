@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 import hotglm
+from hotglm.errors import ThreadStartError
 from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 
 
@@ -165,15 +166,19 @@ def test_an_interrupt_at_every_point_leaves_one_whole_version(operation: str) ->
 
 
 @pytest.mark.parametrize("num_rounds", [200, pytest.param(10_000, marks=pytest.mark.stress)])
-def test_a_keyboard_interrupt_at_any_time_leaves_one_whole_version(num_rounds: int) -> None:
+def test_a_keyboard_interrupt_at_any_time_leaves_one_whole_version(
+    num_rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """F19: Ctrl-C between any two bytecodes of an update, a rollback or a session; what serves is whole."""
+    # Where an interrupt falls into a callback of `threading`'s own weak sets, Python reports and drops it; the hook of
+    # pytest would keep it, with every frame below it.
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: None)
     slot = make_slot()
     chance = random.Random(19)
-    primes = {0: PRIMES[4]}
     num_interrupted = 0
 
     def work(round_: int) -> None:
-        prime = primes[round_ % 2] = PRIMES[5 + round_ % 30]
+        prime = PRIMES[5 + round_ % 30]
         with slot.acquire() as generation:
             assert read_version(generation.module(INPUT)) in PRIMES
         update_to(slot, prime)
@@ -185,10 +190,12 @@ def test_a_keyboard_interrupt_at_any_time_leaves_one_whole_version(num_rounds: i
     try:
         for round_ in range(num_rounds):
             try:
-                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 6e-3))
-                work(round_)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 6e-3))
+                    work(round_)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except (KeyboardInterrupt, ThreadStartError):  # `Condition.wait` may turn the one into the other
                 num_interrupted += 1
             assert read_version(slot(INPUT)) in PRIMES
             assert str(slot.version) == name_version(read_version(slot(INPUT)))

@@ -260,18 +260,8 @@ KEPT: dict[str, tuple[Callable[[hotglm.ModuleSlot], object], tuple[str, ...]]] =
     "generation": (lambda slot: slot.live, ("eneration", "Keeper")),
     "entry of a dict": (lambda slot: {"a cache": slot.live.module}, ("Gate", "a cache")),
 }
-UNNAMED = {
-    "submodule": "of a kept submodule only tensors are named, as kept by its own _parameters; not it, nor its keeper",
-}
 
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=UNNAMED[name]) if name in UNNAMED else ())
-        for name in KEPT
-    ],
-)
+@pytest.mark.parametrize("name", KEPT)
 def test_whatever_is_kept_is_named_with_its_keeper(gate: hotglm.ModuleSlot, name: str) -> None:
     """find_holders names a kept module, submodule, bound method, parameter, view or generation, and who keeps it."""
     take, words = KEPT[name]
@@ -292,9 +282,6 @@ def test_what_looks_for_holders_does_not_name_itself(gate: hotglm.ModuleSlot) ->
     del keeper
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the collector does not see local variables of running functions, and find_holders says nothing"
-)
 def test_what_the_collector_cannot_see_is_still_said(gate: hotglm.ModuleSlot) -> None:
     """While status() shows a generation as draining, find_holders is never empty: a local variable is a holder too."""
     kept = gate.live.module

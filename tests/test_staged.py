@@ -230,7 +230,7 @@ def test_a_newer_one_supersedes_a_stage_in_flight(slot: hotglm.ModuleSlot, tmp_p
         assert reached.wait(10)
         new = threading.Thread(target=run_new)
         new.start()
-        cancellation = slot._core.stager._in_flight
+        cancellation = slot._core.stager._supersedable[0]
         assert cancellation is not None
         while not cancellation.is_cancelled:
             go_on.wait(0.001)

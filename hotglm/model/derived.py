@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from hotglm.errors import DefinitionError, Problem, RefreshError, shorten_repr
+from hotglm.weights.digest import digest_tensor
 
 __all__ = ["Marks", "find_refreshed_names", "find_refreshers", "may_carry_over", "refresh", "run_refreshers"]
 
@@ -39,20 +40,27 @@ _INDEX_DTYPES = frozenset({torch.bool, torch.int16, torch.int32, torch.int64})
 class Marks:
     """Which tensors a module had at one time, and in which state, to tell later what passes have made or changed."""
 
-    __slots__ = ("_versions",)
+    __slots__ = ("_states",)
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         """Note `tensors` as they are now; holds none of them alive."""
-        self._versions = {id(tensor): (weakref.ref(tensor), _version(tensor)) for tensor in tensors}
+        self._states = {id(tensor): (weakref.ref(tensor), _find_state(tensor)) for tensor in tensors}
 
     def is_unchanged(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` was noted, and has not been written since."""
-        reference, version = self._versions.get(id(tensor), (None, -1))
-        return reference is not None and reference() is tensor and version == _version(tensor)
+        reference, state = self._states.get(id(tensor), (None, None))
+        return reference is not None and reference() is tensor and state == _find_state(tensor)
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return -2 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
+_MAX_HASHED_NBYTES = 1 << 20
+
+
+def _find_state(tensor: torch.Tensor) -> tuple[int, str]:
+    """Return what changes when `tensor` is written: torch's count, and, as not all of torch counts, a digest."""
+    version = -1 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
+    is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    is_small = tensor.numel() * tensor.element_size() <= _MAX_HASHED_NBYTES
+    return version, digest_tensor(tensor) if is_plain and is_small else ""
 
 
 Method = TypeVar("Method", bound=Callable[..., None])
@@ -119,8 +127,11 @@ def run_refreshers(root: nn.Module) -> tuple[str, ...]:
     ran: list[str] = []
     problems: list[Problem] = []
     cause: Exception | None = None
+    known: dict[type[nn.Module], list[tuple[str, tuple[str, ...]]]] = {}
     for path, module in reversed(list(root.named_modules())):
-        for method, _ in find_refreshers(module):
+        if type(module) not in known:
+            known[type(module)] = list(find_refreshers(module))
+        for method, _ in known[type(module)]:
             full = f"{path}.{method}" if path else method
             ran.append(full)
             try:

@@ -52,6 +52,19 @@ class Definition:
     capabilities: frozenset[str]
     model: type[nn.Module]
 
+    def make_config(self, config: object) -> object:
+        """Return the config object for `config`: a mapping of its fields, or such an object already.
+
+        Raises:
+            DefinitionError: the fields do not fit.
+        """
+        if self.config is None or not isinstance(config, Mapping):
+            return config
+        try:
+            return self.config(**config)
+        except Exception as error:
+            raise self._unfit(error) from error
+
     def build(self, config: object = None) -> nn.Module:
         """Construct the model from `config`: a mapping of the config's fields, a config object, or None.
 
@@ -61,15 +74,18 @@ class Definition:
         try:
             if self.config is None:
                 return self.model()
-            if isinstance(config, Mapping):
-                return self.model(self.config(**config))
-            return self.model(self.config() if config is None else config)
+            return self.model(self.config() if config is None else self.make_config(config))
+        except DefinitionError:
+            raise
         except Exception as error:
-            raise DefinitionError(
-                f"Expected {self.model.__qualname__} {self.version} to be built from its config, got "
-                f"{type(error).__name__}: {error}.",
-                remedy="ship the config beside the weights (config.json or metadata), or stage a module.",
-            ) from error
+            raise self._unfit(error) from error
+
+    def _unfit(self, error: Exception) -> DefinitionError:
+        return DefinitionError(
+            f"Expected {self.model.__qualname__} {self.version} to be built from its config, got "
+            f"{type(error).__name__}: {error}.",
+            remedy="ship the config beside the weights (config.json or metadata), or stage a module.",
+        )
 
 
 _lock = threading.Lock()

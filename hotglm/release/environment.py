@@ -15,7 +15,7 @@ from importlib import metadata
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-from hotglm.environment import Environment, parse_requirement
+from hotglm.environment import Environment, find_distinct, parse_requirement
 
 __all__ = ["read_environment"]
 
@@ -23,9 +23,10 @@ __all__ = ["read_environment"]
 def read_environment(requirements: Iterable[object] = ()) -> Environment:
     """Return this process's environment, with the version of every package that `requirements` name.
 
-    Requirements that do not parse are passed over here; `hotglm.environment.find_unmet` reports them.
+    Requirements that do not parse are passed over here; `hotglm.environment.find_unmet` reports them. So are those
+    behind the first 257 distinct ones, because each costs a search through every installed package.
     """
-    parsed = [parse_requirement(text) for text in requirements]
+    parsed = [parse_requirement(text) for text in find_distinct(requirements)]
     names = {requirement.name for requirement in parsed if isinstance(requirement, Requirement)}
     versions = {name: _read_version(name) for name in sorted(names)}
     return Environment(

@@ -19,6 +19,7 @@ from hotglm import seam
 from hotglm.errors import Problem, SourceChangedError, SourceError, SourceReadError, shorten_repr
 
 __all__ = [
+    "MAX_TRIES",
     "FileIdentity",
     "close_quietly",
     "is_directory",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # O_NONBLOCK: opening a FIFO returns at once
-_MAX_TRIES = 100
+MAX_TRIES = 100
 """How often in a row an interrupted call is made again, before it is taken for an error."""
 
 _CODES = {
@@ -218,7 +219,7 @@ def _open_only(path: str) -> int:
         except (OSError, ValueError) as error:
             # A stale handle (NFS) is gone on the next look-up by name (D19).
             can_pass = getattr(error, "errno", None) in (errno.EINTR, errno.ESTALE)
-            if not can_pass or num_tries >= _MAX_TRIES:
+            if not can_pass or num_tries >= MAX_TRIES:
                 raise read_error(error, path=path) from error
 
 
@@ -236,7 +237,7 @@ def _pread(fd: int, *, nbytes: int, offset: int, path: str) -> bytes:
         try:
             return seam.active.pread(fd, nbytes, offset)
         except OSError as error:
-            if error.errno != errno.EINTR or num_tries >= _MAX_TRIES:
+            if error.errno != errno.EINTR or num_tries >= MAX_TRIES:
                 raise read_error(error, path=path, offset=offset) from error
 
 

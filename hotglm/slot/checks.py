@@ -61,7 +61,7 @@ class StagePolicy:
         checks: callables that get the staged module and return None or True when it is good.
         convert_dtypes: convert floating-point tensors to the module's dtype instead of refusing them.
         num_threads: threads that read and hash; None means the cores of the process, at most 4.
-        nice: how much staging lowers its threads' priority, 0 to 19; 0 leaves it alone.
+        nice: how much the threads that read, copy and hash lower their priority, 0 to 19; 0 leaves it alone.
         timeout_s: give up a stage after this time, in seconds; None means never.
     """
 
@@ -277,7 +277,15 @@ def _describe_difference(expected: torch.Tensor, found: object, golden: Golden) 
     except AssertionError as difference:
         traceback.clear_frames(difference.__traceback__)  # they refer to each other in a circle, and to the outputs
         return " ".join(str(difference).split())
+    if golden.rtol == golden.atol == 0 and _signs_differ(expected, found):
+        return "expected equal bits, got a zero of the other sign"
     return None
+
+
+def _signs_differ(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    if not expected.is_floating_point():
+        return False
+    return bool(((torch.signbit(found) != torch.signbit(expected)) & ~torch.isnan(expected)).any())
 
 
 def _ask(module: nn.Module, checks: tuple[Callable[[nn.Module], object], ...]) -> None:

@@ -3,7 +3,8 @@
 Rules this module keeps:
 
 - A class registered for exactly the version that is staged is preferred: that is new code.
-- Else the live structure, if it can read the version and its layout fits; else another registered class that says it
+- Else the live structure (its class built anew, if the offer brings another config), if it can read the version and its
+  layout fits; else another registered class that says it
   reads that version. If nothing fits, the live structure is named, so that the verdict can say what is wrong with it.
 - Building a class draws no random numbers and touches no memory for weights: its initialisers are skipped in this
   thread alone, because every weight is filled from the source afterwards.
@@ -21,12 +22,14 @@ from torch.overrides import TorchFunctionMode
 
 from hotglm.breakage import find_unfilled
 from hotglm.contract import Contract
+from hotglm.errors import DefinitionError
 from hotglm.model.derived import Marks
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import Definition, find_definition, find_definitions, read_config
 from hotglm.slot.generation import Generation
 from hotglm.slot.source import Offer
 from hotglm.version import Version, VersionRange
+from hotglm.weights.dtypes import TORCH_DTYPES
 
 __all__ = ["Code", "choose_code"]
 
@@ -59,30 +62,59 @@ def choose_code(offer: Offer, *, live: Generation, version: Version | None) -> C
     if offer.module is not None:
         reads = offer.definition.reads if offer.definition else None
         return Code(module=offer.module, contract=contract_of(offer.module), reads=reads, is_new=True)
-    current = _current(live)
-    registered = find_definitions(live.name)
     own = find_definition(type(live.module))
-    exact = next((d for d in registered if version is not None and d.version.public == version.public), None)
-    if exact is not None and exact is not own:
+    others = [d for d in find_definitions(own.name if own else live.name) if d is not own]
+    is_same_release = version is None or version.public == live.version.public
+    exact = None if is_same_release else _find_exact(others, version)
+    if exact is not None:
         return _build(exact, offer, live)
-    if _can_hold(current, offer, version):
+    current = _current(offer, live)
+    if version is None or _can_hold(current, offer, version):
         return current
-    for definition in registered:
-        if definition is not own and version is not None and definition.reads and version in definition.reads:
+    return _find_reader(others, offer, live, version) or current
+
+
+def _find_exact(definitions: list[Definition], version: Version | None) -> Definition | None:
+    same = [d for d in definitions if version is not None and d.version.public == version.public]
+    return next((d for d in same if d.version == version), same[0] if same else None)
+
+
+def _find_reader(definitions: list[Definition], offer: Offer, live: Generation, version: Version) -> Code | None:
+    """Return the newest other class that reads `version` and holds the offer; pass over what cannot be built."""
+    failure: DefinitionError | None = None
+    for definition in definitions:
+        if definition.reads is not None and version not in definition.reads:
+            continue
+        try:
             built = _build(definition, offer, live)
-            if _can_hold(built, offer, version):
-                return built
-    return current
+        except DefinitionError as error:
+            failure = failure or error
+            continue
+        if _can_hold(built, offer, version):
+            return built
+    if failure is not None:
+        raise failure
+    return None
 
 
-def _current(live: Generation) -> Code:
+def _current(offer: Offer, live: Generation) -> Code:
+    """Return the live structure, or its own class built anew where the offer brings another config."""
+    own = find_definition(type(live.module))
+    if own is not None and own.config is not None and offer.config is not None:
+        config = own.make_config(offer.config)
+        # A config that changes no shape (heads, an epsilon, an activation) changes answers all the same.
+        return _build(own, offer, live) if config != getattr(live.module, "config", None) else _reuse(live)
+    return _reuse(live)
+
+
+def _reuse(live: Generation) -> Code:
     own = find_definition(type(live.module))
     reads = own.reads if own else None
     return Code(module=live.module, contract=live.contract, reads=reads, is_new=False, marks=live.marks)
 
 
-def _can_hold(code: Code, offer: Offer, version: Version | None) -> bool:
-    readable = version is None or code.reads is None or version in code.reads
+def _can_hold(code: Code, offer: Offer, version: Version) -> bool:
+    readable = code.reads is None or version in code.reads
     return readable and next(find_unfilled(code.contract, offer.contract), None) is None
 
 
@@ -90,8 +122,25 @@ def _build(definition: Definition, offer: Offer, live: Generation) -> Code:
     config: Mapping[str, Any] | None = offer.config if offer.config is not None else read_config(live.module)
     with torch.inference_mode(mode=False), torch.enable_grad(), _SkipInitialisers():
         module = definition.build(config)
-    module.train(mode=live.module.training)
+    dtype = _find_shared_dtype(offer, live)
+    if dtype is not None:
+        module = module.to(dtype)
+    frozen = {name for name, parameter in live.module.named_parameters() if not parameter.requires_grad}
+    for name, parameter in module.named_parameters():
+        if name in frozen:
+            parameter.requires_grad = False
     return Code(module=module, contract=contract_of(module), reads=definition.reads, is_new=True)
+
+
+def _find_shared_dtype(offer: Offer, live: Generation) -> torch.dtype | None:
+    """Return the one floating-point dtype that both the live module and the offer are in, as after `model.half()`."""
+    used = {
+        TORCH_DTYPES[spec.dtype]
+        for contract in (offer.contract, live.contract)
+        for spec in contract.state.values()
+        if TORCH_DTYPES[spec.dtype].is_floating_point
+    }
+    return used.pop() if len(used) == 1 else None
 
 
 _FILLS = frozenset(

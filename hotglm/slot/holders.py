@@ -136,22 +136,40 @@ def find_references(retired: Retired) -> Iterator[Holder]:
 
     Walks every object the garbage collector knows, with the GIL held: for diagnosis, not for a serving thread.
     """
-    module = retired.module
-    if module is not None:
-        tree = list(module.named_modules())
-        own = {id(tree), *map(id, tree), *(id(part._modules) for _, part in tree)}
-        for entry in tree:
-            label = shorten_repr(entry[0] or type(module).__name__)
-            for keeper in _find_keepers(entry[1], own):
-                yield Holder(kind="module", number=retired.number, description=f"module {label}, kept by {keeper}")
-        return
+    found = list(_find_module_holders(retired)) or list(_find_tensor_holders(retired))
+    if not found and not retired.is_free:
+        # Local variables are not looked up in frames: reading `f_locals` makes Python 3.11 keep a copy of them.
+        description = "a local variable of a running function, an autograd graph, or an object that is not Python's"
+        found = [Holder(kind="tensor", number=retired.number, description=description)]
+    yield from found
+
+
+def _find_module_holders(retired: Retired) -> Iterator[Holder]:
+    roots = [retired.module] if retired.module is not None else _find_modules(retired)
+    tree = [entry for root in roots for entry in root.named_modules()]
+    own = {id(roots), id(tree), *map(id, tree), *(id(part._modules) for _, part in tree)}
+    for entry in tree:
+        label = shorten_repr(entry[0] or type(entry[1]).__name__)
+        for keeper in _find_keepers(entry[1], own):
+            yield Holder(kind="module", number=retired.number, description=f"module {label}, kept by {keeper}")
+
+
+def _find_modules(retired: Retired) -> list[nn.Module]:
+    """Return the modules that are left of a generation whose own module is gone."""
+    tensors = {id(tensor) for tensor in _find_tensors(retired)}
+    modules = [item for item in gc.get_objects() if issubclass(type(item), nn.Module) and "_parameters" in vars(item)]
+    return [
+        module
+        for module in modules
+        if any(id(part) in tensors for part in (*module._parameters.values(), *module._buffers.values()))
+    ]
+
+
+def _find_tensor_holders(retired: Retired) -> Iterator[Holder]:
     tensors = _find_tensors(retired)
-    own = {id(tensors)}
     for tensor in tensors:
         for referrer in gc.get_referrers(tensor):
-            if id(referrer) in own or (
-                isinstance(referrer, types.FrameType) and referrer.f_code.co_filename == __file__
-            ):
+            if referrer is tensors or _is_internal(referrer):
                 continue
             description = f"tensor of shape {list(tensor.shape)}, kept by {_describe(referrer)}"
             yield Holder(kind="tensor", number=retired.number, description=description)

@@ -36,7 +36,7 @@ from hotglm.slot.receipt import Progress
 from hotglm.slot.spare import Spares
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.staging import StageRequest, stage_version
-from hotglm.weights.workers import Cancellation, lower_priority, start_thread
+from hotglm.weights.workers import Cancellation, start_thread
 
 __all__ = ["Stager", "clear_frames"]
 
@@ -59,7 +59,7 @@ class Stager:
         """Forget any stage in flight: at the start, and in a forked child, where its thread does not exist."""
         self._turn = threading.Lock()
         self._gate = threading.Lock()
-        self._in_flight: Cancellation | None = None
+        self._supersedable: list[Cancellation] = []  # stages that run, or wait for their turn
         self._threads = set()
         self._spares.reset_lock_after_fork()
 
@@ -83,19 +83,17 @@ class Stager:
             # interrupt may come as soon as `add` returns (tests/test_commit_faults.py).
             self._threads.add(thread)
             with self._gate:
-                if self._in_flight is not None:
-                    self._in_flight.cancel(self._superseded(what))
+                for older in self._supersedable:
+                    older.cancel(self._superseded(what))
+                self._supersedable = [cancellation] if can_be_superseded else []
             with self._turn:
-                with self._gate:
-                    self._in_flight = cancellation if can_be_superseded else None
                 try:
+                    cancellation.raise_if_cancelled()  # a newer one came while this one waited
                     yield cancellation
                 finally:
                     # A caller that was interrupted while its stage's thread started leaves that thread behind; whoever
                     # has the next turn must not meet it.
                     cancellation.cancel(self._superseded("the next one, because nobody waits for this one"))
-                    with self._gate:
-                        self._in_flight = None
         finally:
             self._threads.discard(thread)
 
@@ -114,14 +112,20 @@ class Stager:
         """
         verify_room()
         outcomes: queue.SimpleQueue[Progress | Staged | BaseException] = queue.SimpleQueue()
-        # A partial and no closure: `clear_frames` cannot reach what the function of a frame has captured.
-        work = functools.partial(self._work, replace(request, report=outcomes.put), record, outcomes)
-        thread = start_thread(work, name=f"hotglm-stage-{self._name}")
+        # In a list, which the thread empties, or its caller when it does not wait any more: `threading` keeps a thread
+        # for ever whose start was interrupted, and that must keep no generation. A partial and no closure:
+        # `clear_frames` cannot reach what the function of a frame has captured.
+        todo = [replace(request, report=outcomes.put)]
+        thread: threading.Thread | None = None
         try:
+            work = functools.partial(self._work, todo, record, outcomes)
+            thread = start_thread(work, name=f"hotglm-stage-{self._name}")
             staged = self._wait(outcomes, request, progress)
         except BaseException as failure:
+            todo.clear()
             request.cancellation.cancel(failure)
-            thread.join(_STOP_GRACE_S)
+            if thread is not None:
+                thread.join(_STOP_GRACE_S)
             clear_frames(failure)
             raise
         thread.join()
@@ -130,18 +134,15 @@ class Stager:
 
     def _work(
         self,
-        request: StageRequest,
+        todo: list[StageRequest],
         record: StageRecord,
         outcomes: queue.SimpleQueue[Progress | Staged | BaseException],
     ) -> None:
         try:
             self._threads.add(threading.get_ident())
-            lower_priority(request.policy.nice)
-            outcomes.put(stage_version(request, self._spares, record))
+            outcomes.put(stage_version(todo.pop(), self._spares, record))
         except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
-            # Here, because a caller that was interrupted does not wait any more; `clear_frames` leaves out this frame.
-            clear_frames(failure)
-            del request
+            clear_frames(failure)  # here, because a caller that was interrupted does not wait any more
             outcomes.put(failure)
         finally:
             self._threads.discard(threading.get_ident())
@@ -178,10 +179,11 @@ class Stager:
             )
             raise error.with_slot(slot=self._name, version=None, serving=None)
 
-    def _superseded(self, what: str) -> SupersededError:
-        return SupersededError(
+    def _superseded(self, what: str) -> HotglmError:
+        error = SupersededError(
             f"Expected to be the newest stage, got a newer one: {what}.", remedy="nothing; the newer stage goes on."
         )
+        return error.with_slot(slot=self._name, version=None, serving=None)
 
 
 def _as_typed(failure: BaseException) -> BaseException:

@@ -5,13 +5,15 @@ Rules this module keeps:
 - The order is: open, choose code, decide, plan, take memory, copy the structure, load, refresh, warm up, check.
   Everything that headers can decide is decided before a byte is read, and the rollback target is given up only after
   that (P2, P7).
-- All of it runs in one low-priority thread of its own, and in workers that inherit its priority; the caller waits.
+- It runs in a thread of its own; the caller waits. The heavy parts run in low-priority workers; the thread itself keeps
+  its priority, because it runs Python: descheduled with the GIL in its hands it would stop every pass.
 - A stage that fails leaves no reference behind: frames in the error's traceback are cleared, so that an error that
   somebody keeps does not keep the spare's memory.
 """
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -27,10 +29,12 @@ from hotglm.errors import (
     DigestMismatchError,
     Problem,
     RefreshError,
+    UncopyableError,
 )
 from hotglm.model.derived import Marks, run_refreshers
-from hotglm.model.extents import lay_out
+from hotglm.model.extents import extent_nbytes, lay_out
 from hotglm.model.inspection import StateEntry, contract_of, find_state
+from hotglm.model.registry import find_definition
 from hotglm.model.twin import Twin, copy_module, rebind, settle_in_place
 from hotglm.release.environment import read_environment
 from hotglm.slot.checks import GradMode, StagePolicy, run_checks
@@ -124,6 +128,7 @@ class _Stage:
                 code.module, layout=layout, lease=taken.lease, constants=self._constants(), marks=code.marks
             )
             record.carried = twin.carried
+            _adopt_mode(twin.module, self._request.live.module)
             self._carry_over(entries, twin)
         loaded = self._load(twin, layout, taken.lease, entries)
         generation = self._prove(twin, code, taken, loaded)
@@ -146,6 +151,11 @@ class _Stage:
             offer = self._offer = replace(offer, config=MappingProxyType(dict(request.config)))
         _verify_digest_names(offer, request.digests)
         code = choose_code(offer, live=request.live, version=self._declared)
+        if request.config is not None and not _takes_config(code):
+            raise ArgumentError(
+                f"Expected no config for {type(code.module).__name__}, which declares none, got one.",
+                remedy="declare it: @hotglm.versioned(..., config=ConfigClass), or leave config out.",
+            )
         if request.policy.convert_dtypes:
             offer = self._offer = offer.with_dtypes_of(code.contract)
         candidate = Candidate(
@@ -206,7 +216,7 @@ class _Stage:
             finite=policy.finite,
             expected={**self._offer.digests, **self._request.digests},
             num_threads=self._num_threads(),
-            nice=0,  # workers inherit the priority of this thread
+            nice=policy.nice,
             cancellation=self._request.cancellation,
             report=report,
         )
@@ -225,7 +235,7 @@ class _Stage:
         run_tasks(
             tasks,
             num_threads=self._num_threads(),
-            nice=0,
+            nice=self._request.policy.nice,
             cancellation=self._request.cancellation,
             name="hotglm-populate",
         )
@@ -240,6 +250,7 @@ class _Stage:
             marks = Marks(twin.loose)  # before warm-up, which is a pass
         with record.timed("check"):
             proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
+        self._verify_layout(twin.module, code.contract)
         values = [
             *(["finite values"] if request.policy.finite else []),
             *([f"{len(loaded.digests)} digests taken"] if loaded.digests else []),
@@ -252,7 +263,7 @@ class _Stage:
             number=request.number,
             name=request.name,
             version=record.version,
-            contract=self._contract_of(twin.module, code.contract),
+            contract=code.contract,
             digests=loaded.digests,
             digest=digest,
             arena=taken.arena,
@@ -285,9 +296,20 @@ class _Stage:
             ) from error
         return (label,)
 
-    def _contract_of(self, module: nn.Module, planned: Contract) -> Contract:
-        found = contract_of(module)
-        return planned if found == planned else found
+    def _verify_layout(self, module: nn.Module, planned: Contract) -> None:
+        """Refuse code that has changed the layout the verdict was about while it refreshed or ran.
+
+        Raises:
+            RefreshError: naming what is new, gone or different.
+        """
+        found = contract_of(module).state
+        names = [name for name in {**found, **planned.state} if found.get(name) != planned.state.get(name)]
+        if names:
+            raise RefreshError(
+                "Expected the layout that was decided on, got another after refresh, warm-up and checks.",
+                problems=[Problem(code="LAYOUT_CHANGED", message="New, gone or different", tensor=n) for n in names],
+                remedy="register parameters and buffers in the constructor, and write them in place later.",
+            )
 
     def _combine(self, twin: Twin, loaded: Loaded) -> str | None:
         if not self._request.policy.digest:
@@ -300,6 +322,18 @@ class _Stage:
             return self._declared
         label = (digest or "").partition(":")[2][:_LABEL_LENGTH]
         return self._request.live.version.with_local(label)
+
+
+def _takes_config(code: Code) -> bool:
+    definition = find_definition(type(code.module))
+    return definition is not None and definition.config is not None
+
+
+def _adopt_mode(module: nn.Module, live: nn.Module) -> None:
+    """Give every part the training flag that the live part of that name has: the service's mode is the slot's."""
+    flags = {path: part.training for path, part in live.named_modules()}
+    for path, part in module.named_modules():
+        part.training = flags.get(path, live.training)
 
 
 def _verify_digest_names(offer: Offer, digests: Mapping[str, str]) -> None:
@@ -315,11 +349,31 @@ def _verify_digest_names(offer: Offer, digests: Mapping[str, str]) -> None:
 
 
 def _find_targets(twin: Twin, layout: Layout, entries: list[StateEntry]) -> dict[str, Target]:
+    """Return where each name goes; names whose tensors overlap share a key, so that one fills and the others compare.
+
+    Raises:
+        UncopyableError: persistent tensors overlap and none of them covers the others.
+    """
     targets: dict[str, Target] = {}
-    keys: dict[tuple[object, ...], str] = {}
+    keys: dict[int, str] = {}
+    spans = sorted(layout.spans, key=lambda span: span.offset)
     for entry in entries:
-        view = twin.views[entry.name]
-        place = (view.data_ptr(), view.dtype, tuple(view.shape), view.stride()) if view.numel() else (entry.name,)
-        key = keys.setdefault(place, entry.name)
-        targets[entry.name] = Target(view=view, offset=layout.offsets[entry.name], key=key)
+        view, offset = twin.views[entry.name], layout.offsets[entry.name]
+        at = bisect.bisect_right(spans, offset, key=lambda span: span.offset) - 1
+        span = spans[at] if view.numel() else None
+        covers = span is None or extent_nbytes(view) == span.nbytes
+        key = entry.name if span is None else keys.setdefault(span.offset, entry.name)
+        targets[entry.name] = Target(view=view, offset=offset, key=key, covers=covers)
+    covered = {target.key for target in targets.values() if target.covers}
+    problems = [
+        Problem(code="OVERLAP", message="Expected a tensor of its own, or inside another one", tensor=entry.name)
+        for entry in entries
+        if entry.persistent and targets[entry.name].key not in covered
+    ]
+    if problems:
+        raise UncopyableError(
+            "Expected tensors that overlap to have one that covers the others, got partial overlaps.",
+            problems=problems,
+            remedy="give the named tensors memory of their own, or make one a view of the other.",
+        )
     return targets

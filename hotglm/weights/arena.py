@@ -102,7 +102,7 @@ class Arena:
             self._memory = seam.active.map_anonymous(max(nbytes, 1))
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             raise MemoryPlanError(
-                f"Expected {nbytes} bytes of memory for the spare, got none: {error}.",
+                f"Expected {nbytes} bytes of memory for the spare, got none: {describe_exception(error)}.",
                 remedy="free memory, raise the process's limit, or lower MemoryPolicy.max_copies.",
             ) from error
 

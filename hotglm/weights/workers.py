@@ -139,7 +139,7 @@ def start_thread(target: Callable[[], None], *, name: str) -> threading.Thread:
         seam.active.start_thread(thread)
     except (RuntimeError, OSError, MemoryError) as error:
         raise ThreadStartError(
-            f"Expected to start thread {name!r}, got {error}.",
+            f"Expected to start thread {name!r}, got {describe_exception(error)}.",
             remedy="raise the limit on threads (RLIMIT_NPROC, the container's pids limit) and stage again.",
         ) from error
     return thread
@@ -151,7 +151,7 @@ def run_tasks(
     """Run `tasks` on `num_threads` threads and return when all have ended.
 
     Tasks start in order. On failure no further task starts, the running ones finish, and the first failure is raised.
-    One thread means the calling one.
+    Without `nice`, the calling thread is one of them; with it, it waits, because its own priority is not lowered.
 
     Raises:
         ThreadStartError: not even one thread could be started.
@@ -166,13 +166,14 @@ def run_tasks(
             work.run()
 
     try:
-        for index in range(1, min(num_threads, work.num_tasks)):
+        for index in range(0 if nice else 1, min(num_threads, work.num_tasks)):
             thread = start_thread(run_quietly, name=f"{name}-{index}")
             threads.append(thread)  # one by one, so that those that did start are joined
     except ThreadStartError as failure:
         work.failures.append(failure)
-    with computing_alone():
-        work.run()
+    if not nice:
+        with computing_alone():
+            work.run()
     for thread in threads:
         thread.join()
     if work.failures:
