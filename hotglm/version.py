@@ -129,10 +129,12 @@ class Version:
         return Version(f"{self._parsed.public}+{label}")
 
     def bumped(self, bump: Bump) -> Version:
-        """Return the smallest release version that is `bump` above this one.
+        """Return the smallest release version that is `bump` above this one; for a pre-release, PATCH is its release.
 
         >>> str(Version("2.3.0").bumped(Bump.MAJOR)), str(Version("0.3.1").bumped(Bump.MAJOR))
         ('3.0.0', '0.4.0')
+        >>> str(Version("2.0.0rc1").bumped(Bump.PATCH))
+        '2.0.0'
         """
         major, minor, patch = self.release
         if bump is Bump.NONE:
@@ -143,6 +145,10 @@ class Version:
             numbers = (major, minor + 1, 0)
         else:
             numbers = (major, minor, patch + 1)
+        own, bumped = (self._with_release(release) for release in (self.release, numbers))
+        return own if bump is Bump.PATCH and own > self else bumped
+
+    def _with_release(self, numbers: tuple[int, int, int]) -> Version:
         epoch = f"{self._parsed.epoch}!" if self._parsed.epoch else ""
         return Version(epoch + ".".join(map(str, numbers)))
 

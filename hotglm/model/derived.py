@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from hotglm.errors import DefinitionError, Problem, RefreshError, shorten_repr
+from hotglm.problem import describe_exception
 from hotglm.weights.digest import digest_tensor
 
 __all__ = ["Marks", "find_refreshed_names", "find_refreshers", "may_carry_over", "refresh", "run_refreshers"]
@@ -139,9 +140,8 @@ def run_refreshers(root: nn.Module) -> tuple[str, ...]:
                     getattr(module, method)()
             except Exception as failure:  # noqa: BLE001 - the user's code may raise anything; all are reported
                 cause = cause or failure
-                problems.append(
-                    Problem(code="REFRESH_FAILED", message=f"{full}() raised {type(failure).__name__}: {failure}")
-                )
+                message = f"{full}() raised {describe_exception(failure)}"
+                problems.append(Problem(code="REFRESH_FAILED", message=message))
     if problems:
         raise RefreshError(
             "Expected derived state to be recomputed, got errors.",

@@ -23,7 +23,7 @@ from hotglm.errors import ModuleError, NotMaterializedError, Problem, Uncopyable
 from hotglm.model.registry import find_definition
 from hotglm.weights.dtypes import dtype_name
 
-__all__ = ["StateEntry", "contract_of", "find_state", "verify_holdable"]
+__all__ = ["StateEntry", "contract_of", "find_state", "find_tensor_fault", "verify_holdable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +167,7 @@ def _find_slots(root: nn.Module) -> Iterator[str]:
 
 def _find_unsupported_tensors(root: nn.Module) -> Iterator[Problem]:
     for entry in find_state(root):
-        if reason := _why_unsupported(entry.tensor):
+        if reason := find_tensor_fault(entry.tensor):
             yield Problem(
                 code="UNSUPPORTED_TENSOR",
                 message=f"Expected a plain dense CPU tensor, got {reason}",
@@ -176,7 +176,8 @@ def _find_unsupported_tensors(root: nn.Module) -> Iterator[Problem]:
             )
 
 
-def _why_unsupported(tensor: torch.Tensor) -> str | None:
+def find_tensor_fault(tensor: torch.Tensor) -> str | None:
+    """Return what keeps `tensor` from being a plain dense one on the CPU, as the rest of a sentence, or None."""
     if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
         return f"the subclass {type(tensor).__name__}"
     if tensor.layout is not torch.strided:

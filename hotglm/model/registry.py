@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hotglm.errors import DefinitionError, shorten_repr
+from hotglm.problem import describe_exception
 from hotglm.version import Version, VersionRange
 
 __all__ = ["Definition", "find_definition", "find_definitions", "versioned"]
@@ -83,7 +84,7 @@ class Definition:
     def _unfit(self, error: Exception) -> DefinitionError:
         return DefinitionError(
             f"Expected {self.model.__qualname__} {self.version} to be built from its config, got "
-            f"{type(error).__name__}: {error}.",
+            f"{describe_exception(error)}.",
             remedy="ship the config beside the weights (config.json or metadata), or stage a module.",
         )
 

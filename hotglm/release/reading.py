@@ -13,13 +13,13 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hotglm import seam
 from hotglm.errors import Problem, SourceChangedError, SourceError, SourceReadError, shorten_repr
 
 __all__ = [
-    "MAX_TRIES",
     "FileIdentity",
     "close_quietly",
     "is_directory",
@@ -28,11 +28,12 @@ __all__ = [
     "read_document",
     "read_error",
     "read_exactly",
+    "read_scattered",
     "verify_identity",
 ]
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # O_NONBLOCK: opening a FIFO returns at once
-MAX_TRIES = 100
+_MAX_TRIES = 100
 """How often in a row an interrupted call is made again, before it is taken for an error."""
 
 _CODES = {
@@ -219,7 +220,7 @@ def _open_only(path: str) -> int:
         except (OSError, ValueError) as error:
             # A stale handle (NFS) is gone on the next look-up by name (D19).
             can_pass = getattr(error, "errno", None) in (errno.EINTR, errno.ESTALE)
-            if not can_pass or num_tries >= MAX_TRIES:
+            if not can_pass or num_tries >= _MAX_TRIES:
                 raise read_error(error, path=path) from error
 
 
@@ -237,7 +238,7 @@ def _pread(fd: int, *, nbytes: int, offset: int, path: str) -> bytes:
         try:
             return seam.active.pread(fd, nbytes, offset)
         except OSError as error:
-            if error.errno != errno.EINTR or num_tries >= MAX_TRIES:
+            if error.errno != errno.EINTR or num_tries >= _MAX_TRIES:
                 raise read_error(error, path=path, offset=offset) from error
 
 
@@ -260,3 +261,42 @@ def _changed(path: str, *, message: str, offset: int | None) -> SourceChangedErr
         problems=[Problem(code="SOURCE_CHANGED", message=message, file=path, offset=offset)],
         remedy="publish by writing beside it and renaming, then try again.",
     )
+
+
+def read_scattered(fd: int, views: Sequence[memoryview], offset: int, *, path: str, size: int) -> None:
+    """Fill `views` in order from byte `offset` of an open file of `size` bytes; retry short reads and interrupts.
+
+    Raises:
+        SourceReadError: the system refused. SourceChangedError: the file ends before the views are full.
+    """
+    todo = [view for view in views if view.nbytes]
+    num_interrupts = 0
+    while todo:
+        try:
+            nbytes = seam.active.preadv(fd, todo, offset)
+        except OSError as error:
+            num_interrupts += 1
+            if isinstance(error, InterruptedError) and num_interrupts < _MAX_TRIES:
+                continue
+            raise read_error(error, path=path, offset=offset) from error
+        if nbytes == 0:
+            raise SourceChangedError(
+                "Expected the source to keep its length while it is read, got its end.",
+                problems=[
+                    Problem(
+                        code="SOURCE_CHANGED",
+                        message=f"Expected {size} bytes, got the end of the file at {offset}",
+                        file=path,
+                        offset=offset,
+                        expected=size,
+                        found=offset,
+                    )
+                ],
+                remedy="publish by writing a new file and renaming it, never by writing over one, and stage again.",
+            )
+        num_interrupts = 0  # in a row; a read that brings anything is progress
+        offset += nbytes
+        while todo and nbytes >= todo[0].nbytes:
+            nbytes -= todo.pop(0).nbytes
+        if nbytes:
+            todo[0] = todo[0][nbytes:]

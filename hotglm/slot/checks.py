@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from hotglm.errors import ArgumentError, CallableCheckError, GoldenMismatchError, Problem, WarmUpError, shorten_repr
+from hotglm.problem import describe_exception
 
 __all__ = ["Golden", "GradMode", "Inputs", "StagePolicy", "run_checks"]
 
@@ -198,7 +199,7 @@ def _run_warm_up(module: nn.Module, warm_up: tuple[Inputs, ...]) -> None:
             call_with(module, inputs)
         except Exception as error:
             raise WarmUpError(
-                f"Expected warm-up pass {index} to run, got {type(error).__name__}: {error}.",
+                f"Expected warm-up pass {index} to run, got {describe_exception(error)}.",
                 remedy="run the new version on the same inputs by hand; its code or config does not take them.",
             ) from error
 
@@ -209,7 +210,7 @@ def _compare_goldens(module: nn.Module, goldens: tuple[Golden, ...]) -> None:
         try:
             found = call_with(module, golden.inputs)
         except Exception as error:  # noqa: BLE001 - the model's code may raise anything
-            message = f"{golden.name}: expected an output, got {type(error).__name__}: {error}"
+            message = f"{golden.name}: expected an output, got {describe_exception(error)}"
             problems.append(Problem(code="GOLDEN_MISMATCH", message=message))
             continue
         for where, message in _find_differences(golden.outputs, found, golden):
@@ -296,9 +297,8 @@ def _ask(module: nn.Module, checks: tuple[Callable[[nn.Module], object], ...]) -
             answer = check(module)
         except Exception as error:  # noqa: BLE001 - a check that raises has failed, whatever it raises
             cause = cause or error
-            problems.append(
-                Problem(code="GATE_FAILED", message=f"{_name(check)} raised {type(error).__name__}: {error}")
-            )
+            message = f"{_name(check)} raised {describe_exception(error)}"
+            problems.append(Problem(code="GATE_FAILED", message=message))
             continue
         if answer is not None and answer is not True:
             message = f"Expected None or True from {_name(check)}, got {shorten_repr(answer)}"

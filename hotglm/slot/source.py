@@ -20,7 +20,7 @@ from torch import nn
 
 from hotglm.contract import Contract
 from hotglm.document import Report, parse_json
-from hotglm.errors import ArgumentError, Problem, TensorValueError, shorten_repr
+from hotglm.errors import ArgumentError, Problem, TensorValueError, VersionSyntaxError, shorten_repr
 from hotglm.model.inspection import contract_of, find_state
 from hotglm.model.registry import Definition, find_definition, read_config
 from hotglm.release.files import WeightFiles, open_weights
@@ -109,13 +109,12 @@ def _offer_files(source: str | os.PathLike[str]) -> Offer:
     files = open_weights(source)
     try:
         tensors = {name: (at.entry.torch_dtype, at.entry.shape) for name, at in files.tensors.items()}
-        version = files.metadata.get("hotglm.version")
         return Offer(
             label=ascii(files.path),
             contract=Contract.of_tensors(tensors),
             nbytes=files.total_nbytes,
             name=files.metadata.get("hotglm.name"),
-            version=None if version is None else Version(version),
+            version=_read_version(files),
             config=files.config,
             requires=tuple(_read_list(files, "hotglm.requires")),
             digests=_read_digests(files),
@@ -124,6 +123,14 @@ def _offer_files(source: str | os.PathLike[str]) -> Offer:
     except BaseException:
         files.close()
         raise
+
+
+def _read_version(files: WeightFiles) -> Version | None:
+    text = files.metadata.get("hotglm.version")
+    try:
+        return None if text is None else Version(text)
+    except VersionSyntaxError as error:
+        raise _bad_metadata(files, "hotglm.version", f"a version, got {shorten_repr(text)},") from error
 
 
 def _read_list(files: WeightFiles, key: str) -> list[str]:

@@ -31,6 +31,7 @@ from hotglm.errors import (
     StageTimeoutError,
     SupersededError,
 )
+from hotglm.problem import describe_exception
 from hotglm.slot.memory import verify_room
 from hotglm.slot.receipt import Progress
 from hotglm.slot.spare import Spares
@@ -190,9 +191,9 @@ def _as_typed(failure: BaseException) -> BaseException:
     """Return `failure` as one of our errors; those that are not `Exception` stay what they are."""
     if isinstance(failure, HotglmError) or not isinstance(failure, Exception):
         return failure
-    text = f"{type(failure).__name__}: {failure}"
+    text = describe_exception(failure)
     typed: HotglmError
-    if isinstance(failure, MemoryError) or "can't allocate memory" in text:
+    if isinstance(failure, MemoryError) or "can't allocate memory" in describe_exception(failure, limit=10_000):
         typed = MemoryPlanError(f"Expected memory for the stage, got {text}.", remedy="free memory and stage again.")
     else:
         typed = StageFailedError(

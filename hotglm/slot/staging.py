@@ -36,6 +36,7 @@ from hotglm.model.extents import extent_nbytes, lay_out
 from hotglm.model.inspection import StateEntry, contract_of, find_state
 from hotglm.model.registry import find_definition
 from hotglm.model.twin import Twin, copy_module, rebind, settle_in_place
+from hotglm.problem import describe_exception
 from hotglm.release.environment import read_environment
 from hotglm.slot.checks import GradMode, StagePolicy, run_checks
 from hotglm.slot.code import Code, choose_code
@@ -291,7 +292,7 @@ class _Stage:
         except Exception as error:
             raise RefreshError(
                 "Expected derived state to be recomputed, got an error.",
-                problems=[Problem(code="REFRESH_FAILED", message=f"{label} raised {type(error).__name__}: {error}")],
+                problems=[Problem(code="REFRESH_FAILED", message=f"{label} raised {describe_exception(error)}")],
                 remedy="make the refresh function work from the module it is given alone.",
             ) from error
         return (label,)

@@ -30,6 +30,7 @@ import torch
 
 from hotglm import seam
 from hotglm.errors import MemoryPlanError
+from hotglm.problem import describe_exception
 
 __all__ = ["ALIGNMENT", "Arena", "Lease"]
 

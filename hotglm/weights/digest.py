@@ -19,7 +19,7 @@ import torch
 
 from hotglm.weights.dtypes import dtype_name
 
-__all__ = ["combine_digests", "digest_tensor", "format_digest"]
+__all__ = ["combine_digests", "digest_tensor", "format_digest", "tensor_bytes", "view_buffer"]
 
 ALGORITHM = "sha256"
 
@@ -40,12 +40,12 @@ def digest_tensor(tensor: torch.Tensor) -> str:
     data = tensor_bytes(tensor)
     if data.numel() == 0:
         return format_digest(hashlib.sha256().hexdigest())
-    return format_digest(hashlib.sha256(_buffer_of(data)).hexdigest())
+    return format_digest(hashlib.sha256(view_buffer(data)).hexdigest())
 
 
-def _buffer_of(data: torch.Tensor) -> memoryview:
-    # `data` must outlive the view; ctypes, because torch has no buffer protocol of its own and numpy is not a
-    # dependency.
+def view_buffer(data: torch.Tensor) -> memoryview:
+    """Return the memory of a flat uint8 tensor that is not empty, without a copy; `data` must outlive the view."""
+    # ctypes, because torch has no buffer protocol of its own and numpy is not a dependency.
     overlay = (ctypes.c_char * data.numel()).from_address(data.data_ptr())
     return memoryview(overlay).cast("B")
 

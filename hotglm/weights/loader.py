@@ -20,18 +20,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hotglm import seam
 from hotglm.errors import (
     DigestMismatchError,
     NonFiniteError,
     Problem,
-    SourceChangedError,
     SourceError,
     TensorValueError,
     shorten_repr,
 )
 from hotglm.release.files import TensorLocation, WeightFiles
-from hotglm.release.reading import MAX_TRIES, read_error
+from hotglm.release.reading import read_scattered
 from hotglm.weights.arena import Lease
 from hotglm.weights.digest import digest_tensor, format_digest, tensor_bytes
 from hotglm.weights.dtypes import TORCH_DTYPES
@@ -334,7 +332,8 @@ class _FileJob:
             self._options.cancellation.raise_if_cancelled()
             views = [self._lease.bytes(piece.arena_offset, piece.nbytes) for piece in read.pieces]
             with self._reading:
-                _read_exactly(self._files, read.file, views, read.file_offset)
+                file = self._files.files[read.file]
+            read_scattered(file.fd, views, read.file_offset, path=file.path, size=file.size)
             if running is not None:
                 running.update(views[0])
             for name in read.completes:
@@ -360,46 +359,11 @@ class _FileJob:
         tensor = torch.empty(location.entry.shape, dtype=dtype)
         if location.nbytes:
             data = bytearray(location.nbytes)
-            _read_exactly(self._files, self._numbers[id(location.file)], [memoryview(data)], location.offset)
+            file = location.file
+            read_scattered(file.fd, [memoryview(data)], location.offset, path=file.path, size=file.size)
             tensor = torch.frombuffer(data, dtype=dtype).view(location.entry.shape)
         return tensor
 
 
 def _count_nbytes(bundle: tuple[Read, ...]) -> int:
     return sum(read.nbytes for read in bundle)
-
-
-def _read_exactly(files: WeightFiles, number: int, views: list[memoryview], offset: int) -> None:
-    """Fill `views` in order from `offset` of file `number`; retry short reads and interrupted calls."""
-    file = files.files[number]
-    todo = [view for view in views if view.nbytes]
-    num_interrupts = 0
-    while todo:
-        try:
-            nbytes = seam.active.preadv(file.fd, todo, offset)
-        except OSError as error:
-            num_interrupts += 1
-            if isinstance(error, InterruptedError) and num_interrupts < MAX_TRIES:
-                continue
-            raise read_error(error, path=file.path, offset=offset) from error
-        if nbytes == 0:
-            raise SourceChangedError(
-                "Expected the source to keep its length while it is read, got its end.",
-                problems=[
-                    Problem(
-                        code="SOURCE_CHANGED",
-                        message=f"Expected {file.size} bytes, got the end of the file at {offset}",
-                        file=file.path,
-                        offset=offset,
-                        expected=file.size,
-                        found=offset,
-                    )
-                ],
-                remedy="publish by writing a new file and renaming it, never by writing over one, and stage again.",
-            )
-        num_interrupts = 0  # in a row; a read that brings anything is progress
-        offset += nbytes
-        while todo and nbytes >= todo[0].nbytes:
-            nbytes -= todo.pop(0).nbytes
-        if nbytes:
-            todo[0] = todo[0][nbytes:]

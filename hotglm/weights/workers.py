@@ -24,6 +24,7 @@ import torch
 
 from hotglm import seam
 from hotglm.errors import ThreadStartError
+from hotglm.problem import describe_exception
 
 __all__ = [
     "Cancellation",
