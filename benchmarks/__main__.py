@@ -18,14 +18,11 @@ GROUPS = ("call", "commit", "loading", "tail", "rollback", "memory", "restart")
 """The modules that measure, in the order of the table; each has a `measure(bench)`."""
 
 _RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
-_WARM_NBYTES = 5 << 30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; return the exit code: 0 also where a target is missed, because a report is no test."""
     options = _parse(arguments)
-    if not options.quick:
-        _warm_memory()
     machine = describe_machine()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="hotglm-bench-", dir=options.scratch) as directory:
@@ -61,15 +58,6 @@ def _split(text: str) -> tuple[str, ...]:
     if unknown:
         raise argparse.ArgumentTypeError(f"no such group: {', '.join(unknown)}")
     return groups
-
-
-def _warm_memory() -> None:
-    """Touch as much memory as the run will need, once.
-
-    A virtual machine gets its memory from the host page by page, and whoever came first would pay for it.
-    """
-    block = bytearray(_WARM_NBYTES)
-    block[::4096] = b"\x01" * len(block[::4096])
 
 
 def _write(directory: str | None, stem: str, texts: dict[str, str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass
 
 from benchmarks.bench import Bench
 
-__all__ = ["WeightsOnDisk", "drop_cache", "make_weights", "warm_cache"]
+__all__ = ["WeightsOnDisk", "drop_cache", "make_weights", "touch_memory", "warm_cache"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,20 @@ def make_weights(bench: Bench, *, nbytes: int, num_tensors: int, seed: int = 1, 
         with bench.start("benchmarks.models:FileMaker") as maker:
             maker.ask("make", path=path, nbytes=nbytes, num_tensors=num_tensors, seed=seed, pickled=pickled)
     return WeightsOnDisk(path=path, nbytes=nbytes, num_tensors=num_tensors)
+
+
+def touch_memory(nbytes: int) -> None:
+    """Take memory, write to every page of it, and give it back.
+
+    A virtual machine gets its memory from the host page by page, and the host takes back what lies free for some
+    seconds (free page reporting). Whoever comes first then pays for it; this makes that nobody who is measured.
+    """
+    if not nbytes:
+        return
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, nbytes, mmap.PAGESIZE):
+            memory[start] = 1
 
 
 def warm_cache(path: str) -> None:

@@ -131,7 +131,6 @@ class Service:
         if cache == "warm":
             warm_cache(self._path)
         else:
-            os.sync()
             drop_cache(self._path)
 
     @torch.no_grad()

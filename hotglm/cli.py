@@ -11,16 +11,20 @@ Rules this module keeps:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
+from hotglm import __version__
 from hotglm.breakage import Breakage, find_breakages, required_bump
 from hotglm.contract import Contract
 from hotglm.errors import HotglmError, VersionSyntaxError, shorten_repr
+from hotglm.problem import describe_exception
 from hotglm.release.files import WeightFiles, open_weights
 from hotglm.version import Bump, Version
 
@@ -38,17 +42,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; those of this process when None.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    if sys.stdout is None or sys.stdout.closed:  # started with `>&-`
+        _complain("standard output is closed.")
+        return _ERROR
     try:
-        code = _run(words)
-        sys.stdout.flush()  # here, so that a reader that left early is met inside of this `try`
-    except HotglmError as error:
-        print(f"hotglm: {type(error).__name__}: {error}", file=sys.stderr)
+        try:
+            return _run(words)
+        except HotglmError as error:
+            _complain(f"{type(error).__name__}: {error}")
+            return _ERROR
+        finally:
+            sys.stdout.flush()  # here, so that what stands in its way is met inside of this `try`
+    except BrokenPipeError:  # whoever read the answer has enough of it (`| head`)
+        _discard(sys.stdout)
         return _ERROR
-    except BrokenPipeError:
-        # Whoever read the answer has enough of it (`| head`). What is left must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, most likely
+        _discard(sys.stdout)
+        _complain(describe_exception(error))
         return _ERROR
-    return code
+
+
+def _complain(text: str) -> None:
+    """Say what went wrong, if there is anybody to say it to."""
+    if sys.stderr is None or sys.stderr.closed:
+        return
+    try:
+        print(f"hotglm: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Lead a stream that failed to nowhere, so that what is left in it does not fail again at exit."""
+    with contextlib.suppress(OSError):  # one that has no descriptor of its own needs nothing
+        fd = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, fd)
+        os.close(nowhere)
 
 
 def _run(words: list[str]) -> int:
@@ -66,13 +96,15 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hotglm", description="Look into model weights, compare them, and watch a live model being swapped."
     )
+    parser.add_argument("--version", action="version", version=f"hotglm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="list the tensors and the metadata of weights; reads headers only")
     inspect.add_argument("path", metavar="PATH", help="a .safetensors file, a shard index, or a directory of either")
     diff = commands.add_parser(
         "diff",
         help="compare two weights and tell how big a step of the version they are apart",
-        epilog="Exit code: 0 if NEW fills the code that holds OLD as it is, 1 if it does not, 2 on an error.",
+        epilog="Exit code: 0 if NEW fills the code that holds OLD as it is, 1 if it does not or names another model, "
+        "2 on an error.",
     )
     diff.add_argument("old", metavar="OLD", help="weights as for inspect")
     diff.add_argument("new", metavar="NEW", help="weights as for inspect")
@@ -179,9 +211,15 @@ def _diff(old_path: str, new_path: str, *, as_json: bool) -> int:
             _print_json("hotglm.diff/1", _describe_diff(old, new, breakages=breakages, step=step))
         else:
             print("\n".join(_show_diff(old, new, breakages=breakages, step=step)))
-    # A file promises nothing but its layout, so every breakage that two files can have keeps one from taking the place
-    # of the other under the same code; how big a step that is called is the author's business, not the exit code's.
-    return _NO if breakages else _OK
+        # A file promises nothing but its name and layout, so every breakage that two files can have keeps one from
+        # taking the place of the other under the same code; how big a step that is called is the author's business.
+        return _NO if breakages or _is_renamed(old, new) else _OK
+
+
+def _is_renamed(old: WeightFiles, new: WeightFiles) -> bool:
+    """Tell whether the two are named as different models, which a slot would refuse (NAME_MISMATCH)."""
+    names = {weights.metadata[_NAME_KEY] for weights in (old, new) if _NAME_KEY in weights.metadata}
+    return len(names) > 1
 
 
 def _contract(weights: WeightFiles) -> Contract:
@@ -196,7 +234,8 @@ def _describe_diff(
     return {
         "old": _identify(old),
         "new": _identify(new),
-        "compatible": not breakages,
+        "compatible": not breakages and not _is_renamed(old, new),
+        "renamed": _is_renamed(old, new),
         "needed": step.needed.value,
         "claimed": None if step.claimed is None else step.claimed.value,
         "honest": step.is_honest,
@@ -208,12 +247,14 @@ def _describe_diff(
 def _show_diff(old: WeightFiles, new: WeightFiles, *, breakages: Sequence[Breakage], step: _Step) -> Iterator[str]:
     yield f"old: {_headline(old)}"
     yield f"new: {_headline(new)}"
+    if _is_renamed(old, new):
+        yield "  - NAME_MISMATCH: they are named as different models; a slot of the one refuses the other"
     yield from (f"  - {breakage.code} ({breakage.bump.value}): {breakage.explain()}" for breakage in breakages)
     if breakages:
         yield f"{_count(len(breakages), 'breakage')}: the code that holds the old one cannot hold the new one."
     else:
         yield "Same names, shapes and dtypes: the code that holds the old one holds the new one."
-    honest = "" if step.honest is None else f", so {step.honest} or above after {step.old}"
+    honest = "" if step.honest is None else f", such as {step.honest} after {step.old}"
     yield f"Needs a step of {step.needed.value}{honest}."
     if step.claimed is not None:
         order = "after" if step.old is None or step.new is None or step.new >= step.old else "going back from"

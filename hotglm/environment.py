@@ -22,12 +22,12 @@ from packaging.version import InvalidVersion, Version
 
 from hotglm.errors import shorten_repr
 
-__all__ = ["Environment", "Unmet", "find_distinct", "find_unmet", "parse_requirement"]
+__all__ = ["MAX_REQUIREMENTS", "Environment", "Unmet", "find_distinct", "find_unmet", "parse_requirement"]
 
 _MAX_LENGTH = 256
 """Longest requirement that is parsed."""
 
-_MAX_REQUIREMENTS = 256
+MAX_REQUIREMENTS = 256
 """Most requirements that are looked at; a release that lists more is an attack or a mistake."""
 
 
@@ -105,7 +105,7 @@ def find_distinct(requirements: Iterable[object]) -> Iterator[object]:
         if text not in seen:
             seen.append(text)
             yield text
-            if len(seen) > _MAX_REQUIREMENTS:
+            if len(seen) > MAX_REQUIREMENTS:
                 return
 
 
@@ -116,8 +116,8 @@ def find_unmet(requirements: Iterable[object], environment: Environment) -> Iter
     ["Expected 'torch>=2.6', got no such package."]
     """
     for number, text in enumerate(find_distinct(requirements)):
-        if number == _MAX_REQUIREMENTS:
-            yield Unmet(code="BAD_REQUIREMENT", message=f"Expected at most {_MAX_REQUIREMENTS} requirements, got more.")
+        if number == MAX_REQUIREMENTS:
+            yield Unmet(code="BAD_REQUIREMENT", message=f"Expected at most {MAX_REQUIREMENTS} requirements, got more.")
             return
         parsed = parse_requirement(text)
         unmet = parsed if isinstance(parsed, Unmet) else _find_reason(parsed, environment)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: bytes -> `Header`, strictly.
+"""The header of a safetensors file: bytes -> `Header`, strictly, and back.
 
 Rules this module keeps:
 
@@ -15,8 +15,9 @@ the data, which the tensors tile without gaps. <https://huggingface.co/docs/safe
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -41,12 +42,15 @@ __all__ = [
     "Limits",
     "TensorEntry",
     "find_name_fault",
+    "format_header",
     "parse_header",
     "parse_header_length",
 ]
 
 _COUNTED = b'"data_offsets"'
 _STRING_OR_BRACE = re.compile(STRING.pattern + rb"|(\{)")
+_ALIGNMENT = 8
+"""What the data of a written file is aligned to, in bytes; as large as an element of any dtype."""
 PREFIX_NBYTES = 8
 """Size of the length that stands in front of the header, in bytes."""
 
@@ -117,6 +121,28 @@ def parse_header(text: bytes, *, file_size: int, file: str | None = None, limits
         _stop_too_many(report, num=num, limits=limits)
     verify_utf8(text, report=report)
     return _HeaderReader(text, file_size=file_size, limits=limits, report=report).read()
+
+
+def format_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """Return the text of a header, padded with spaces so that the data behind it begins at a multiple of 8.
+
+    Nothing is judged here: a writer gives the text to `parse_header` before it writes it.
+
+    >>> format_header([TensorEntry(name="a", dtype="F32", shape=(2,), start=0, stop=8)], {})
+    b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}  '
+
+    Args:
+        entries: the tensors, in the order of their data.
+        metadata: free text by key; left out when empty.
+    """
+    members: list[tuple[str, object]] = [("__metadata__", dict(metadata))] if metadata else []
+    for entry in entries:
+        offsets = [entry.start, entry.stop]
+        members.append((entry.name, {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}))
+    # Member by member, so that a tensor called "__metadata__" is a duplicate to be refused and replaces nothing.
+    text = "{" + ",".join(f"{json.dumps(key)}:{json.dumps(value, separators=(',', ':'))}" for key, value in members)
+    nbytes = len(text) + 1
+    return f"{text}}}{' ' * (-nbytes % _ALIGNMENT)}".encode()
 
 
 def _report(file: str | None) -> Report:

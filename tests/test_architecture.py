@@ -55,7 +55,7 @@ IO_MODULES = frozenset(
 
 # Imports for type checkers that point up, each with its reason: (importer, target).
 TYPING_UP = {
-    ("hotglm.errors", "hotglm.slot.receipt"): "a refused stage's error carries its receipt; likewise nothing is imported",
+    ("hotglm.errors", "hotglm.slot.receipt"): "a refused stage's error carries its receipt; nothing is imported",
     ("hotglm.errors", "hotglm.verdict"): "IncompatibleError carries a verdict; nothing is imported when it runs",
 }
 
@@ -63,7 +63,10 @@ TYPING_UP = {
 INSIDE_FUNCTIONS: dict[tuple[str, str], str] = {}
 
 # Who may use the public face, as its users do.
-FACE_USERS = {"demo": "it is a user's program, and prints the lines that it ran"}
+FACE_USERS = {
+    "cli": "`--version` prints the package's version, which stands in the face for the build to find",
+    "demo": "it is a user's program, and prints the lines that it ran",
+}
 
 # Third parties beyond the core dependencies, and the units that may import them.
 EXTRAS_USERS = {"numpy": {"demo"}, "sklearn": {"demo"}, "rich": {"cli"}}

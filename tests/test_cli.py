@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import hotglm
 from hotglm import cli
 from hotglm.errors import MissingExtraError
 
@@ -165,7 +166,7 @@ def test_the_same_layout_is_compatible(old: Path, tmp_path: Path, capsys: pytest
     assert run("diff", old, new) == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
         "Same names, shapes and dtypes: the code that holds the old one holds the new one.",
-        "Needs a step of patch, so 1.2.1 or above after 1.2.0.",
+        "Needs a step of patch, such as 1.2.1 after 1.2.0.",
         "Claims a step of major (2.0.0 after 1.2.0): enough.",
     ]
 
@@ -180,7 +181,7 @@ def test_another_layout_is_not_compatible(old: Path, tmp_path: Path, capsys: pyt
         "  - TENSOR_MISSING (minor): tensor 'b' ('bfloat16', shape []) is missing",
         "  - TENSOR_UNEXPECTED (minor): tensor 'c' ('float32', shape [1]) was not there before",
         "4 breakages: the code that holds the old one cannot hold the new one.",
-        "Needs a step of minor, so 1.3.0 or above after 1.2.0.",
+        "Needs a step of minor, such as 1.3.0 after 1.2.0.",
         "Claims a step of patch (1.2.1 after 1.2.0): too little.",
     ]
 
@@ -194,6 +195,7 @@ def test_diff_as_json_is_one_document(old: Path, tmp_path: Path, capsys: pytest.
         "old": {"path": str(old), "name": "ranker", "version": "1.2.0"},
         "new": {"path": str(new), "name": None, "version": "1.3.0"},
         "compatible": False,
+        "renamed": False,
         "needed": "minor",
         "claimed": "minor",
         "honest": True,
@@ -234,6 +236,32 @@ def test_a_label_is_enough_for_new_values(old: Path, tmp_path: Path, capsys: pyt
     )
     assert run("diff", old, new) == 0
     assert "1.2.0+d3b07384d113 after 1.2.0): enough." in capsys.readouterr().out
+
+
+def test_another_models_name_is_a_no(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that name another model are not compatible, whatever their layout: a slot refuses them."""
+    new = write(tmp_path / "n.safetensors", ("a.weight", "F32", (3, 4)), ("b", "BF16", ()), name="scorer")
+    assert run("diff", old, new) == 1
+    assert "NAME_MISMATCH" in capsys.readouterr().out
+    assert run("diff", "--json", old, new) == 1
+    document = read_json(capsys)
+    assert (document["compatible"], document["renamed"], document["breakages"]) == (False, True, [])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "honest"),
+    [("2.0.0rc1", "2.0.0", "2.0.0"), ("2.0.0rc1", "2.0.0rc2", "2.0.0"), ("1.2.0.dev1", "1.2.0", "1.2.0")],
+)
+def test_the_honest_version_after_a_prerelease_is_its_release(
+    before: str, after: str, honest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The release that a pre-release leads to is enough for new values, and the text does not ask for more."""
+    old, new = (write(tmp_path / f"{v}.safetensors", ("w", "F32", (1,)), version=v) for v in (before, after))
+    assert run("diff", old, new) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"Needs a step of patch, such as {honest} after {before}.",
+        f"Claims a step of patch ({after} after {before}): enough.",
+    ]
 
 
 # -- errors and dispatch -----------------------------------------------------------------------------------------------
@@ -351,3 +379,11 @@ def test_a_reader_that_leaves_early_is_no_traceback(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(timeout=60) == 2
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--version` prints the version of the package."""
+    with pytest.raises(SystemExit) as caught:
+        run("--version")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"hotglm {hotglm.__version__}\n"

@@ -127,6 +127,15 @@ def count_points(prepare: Callable[[], Callable[[], object]]) -> int:
     return counter.num_points
 
 
+@pytest.fixture(autouse=True)
+def _drop_what_python_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an interrupt falls into a finaliser or the callback of a weak reference, Python reports it and goes on.
+
+    The hook of pytest would keep the exception, and every frame below it.
+    """
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: None)
+
+
 @pytest.mark.parametrize("operation", ["update", "stage", "commit", "rollback", "confirm", "discard"])
 def test_an_interrupt_at_every_point_leaves_one_whole_version(operation: str) -> None:
     """F18: wherever the caller is interrupted, the operation has happened whole or not at all, and locks are free."""
@@ -166,13 +175,8 @@ def test_an_interrupt_at_every_point_leaves_one_whole_version(operation: str) ->
 
 
 @pytest.mark.parametrize("num_rounds", [200, pytest.param(10_000, marks=pytest.mark.stress)])
-def test_a_keyboard_interrupt_at_any_time_leaves_one_whole_version(
-    num_rounds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_keyboard_interrupt_at_any_time_leaves_one_whole_version(num_rounds: int) -> None:
     """F19: Ctrl-C between any two bytecodes of an update, a rollback or a session; what serves is whole."""
-    # Where an interrupt falls into a callback of `threading`'s own weak sets, Python reports and drops it; the hook of
-    # pytest would keep it, with every frame below it.
-    monkeypatch.setattr(sys, "unraisablehook", lambda report: None)
     slot = make_slot()
     chance = random.Random(19)
     num_interrupted = 0
@@ -205,4 +209,22 @@ def test_a_keyboard_interrupt_at_any_time_leaves_one_whole_version(
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert num_interrupted > num_rounds // 10
+    assert_works(slot)
+
+
+def test_an_interrupt_as_a_held_version_dies_loses_no_memory() -> None:
+    """F19: an interrupt in the first Python code that runs as the last reference to a version goes keeps none of it."""
+    slot = make_slot()
+    kept = slot.live.module
+    for prime in PRIMES[5:9]:
+        update_to(slot, prime)
+
+    def interrupt(frame: types.FrameType, event: str, arg: Any) -> None:
+        raise Interrupt
+
+    sys.settrace(interrupt)
+    del kept
+    sys.settrace(None)
+    slot.wait_drained(timeout_s=5)
+    assert slot.find_holders() == ()
     assert_works(slot)

@@ -145,6 +145,19 @@ def test_the_environment_is_read_from_installed_metadata() -> None:
     assert list(find_unmet(["python>=3.11", "packaging; sys_platform != 'plan9'"], here)) == []
 
 
+def test_a_flood_of_requirements_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more packages are looked up than the verdict looks at, and one to tell that there are more."""
+    asked: list[str] = []
+
+    def find(name: str) -> str:
+        asked.append(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", find)
+    read_environment(f"package{number % 5_000}" for number in range(10_000))
+    assert len(asked) == len(set(asked)) == 257
+
+
 @pytest.mark.parametrize("raised", [KeyError, OSError, ValueError])
 def test_broken_metadata_is_a_package_that_is_not_there(
     raised: type[Exception], monkeypatch: pytest.MonkeyPatch

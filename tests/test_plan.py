@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,3 +117,9 @@ def test_nothing_to_read_is_no_task() -> None:
     """Empty tensors and empty lists give no reads."""
     assert plan_reads([]) == ()
     assert plan_reads([Transfer(name="e", file=0, file_offset=0, arena_offset=0, nbytes=0)]) == ()
+
+
+def test_the_design_page_names_the_chunk() -> None:
+    """The size of a read in docs/design.md is the one that is used."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    assert f"in chunks of at most {CHUNK_NBYTES >> 20} MiB" in page

@@ -410,11 +410,22 @@ def test_bad_headers_of_shards_are_named_together(tmp_path: Path) -> None:
 
 
 def test_conflicting_metadata_is_refused(tmp_path: Path) -> None:
-    """Shards that disagree about their metadata are from different versions."""
+    """Shards that disagree about what hotglm reads are from different versions."""
     write_sharded(tmp_path)
-    (tmp_path / "x-2.safetensors").write_bytes(file_of(B, {"format": "np"}))
+    (tmp_path / "x-1.safetensors").write_bytes(file_of(A, {"hotglm.version": "1.0.0"}))
+    (tmp_path / "x-2.safetensors").write_bytes(file_of(B, {"hotglm.version": "1.0.1"}))
     error = refusal_of(tmp_path, ShardIndexError)
-    assert (error.code, error.problems[0].expected, error.problems[0].found) == ("METADATA_CONFLICT", "pt", "np")
+    assert (error.code, error.problems[0].expected, error.problems[0].found) == ("METADATA_CONFLICT", "1.0.0", "1.0.1")
+
+
+def test_an_embedded_config_is_capped(tmp_path: Path) -> None:
+    """A config in the metadata has the same cap as one beside the weights."""
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(file_of(A, {"hotglm.config": json.dumps({"text": "x" * 100})}))
+    open_weights(path, limits=Limits(config_nbytes=200)).close()
+    with pytest.raises(SourceError) as caught:
+        open_weights(path, limits=Limits(config_nbytes=100))
+    assert (caught.value.code, caught.value.file) == ("CONFIG_TOO_LARGE", str(path))
 
 
 # --- what is not a file -----------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ def read_version(path: Path) -> str:
 @pytest.mark.parametrize(
     ("patch", "expected"),
     [
-        ("save.save_file = kill", "1.0.1"),
-        ("save._flush = kill", "1.0.1"),
+        ("os.write = kill", "1.0.1"),
+        ("os.fsync = kill", "1.0.1"),
         ("os.replace = kill", "1.0.1"),
         ("os.replace = lambda *paths: (replace(*paths), kill())", "2.0.0"),
     ],

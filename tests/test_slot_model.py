@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
@@ -53,8 +52,9 @@ class Version:
 class Model:
     """What a slot is, without memory, threads or weights: who is live, who is held, and what happened.
 
-    `num_free` is the number of arenas that nobody uses; a stage takes one, or gives up the oldest rollback targets, as
-    many as are more than `copies` allow beside the live version and the new one.
+    A stage takes an arena that is free, if there is one. Else it gives up rollback targets, as many as are more than
+    `copies` allow beside the live version and the new one: first what was rolled back from, then the oldest, the target
+    of `rollback()` last.
     """
 
     live: Version
@@ -63,16 +63,16 @@ class Model:
     before: Version | None = None
     trial: bool = False
     history: list[tuple[str, int]] = field(default_factory=lambda: [("created", 1)])
-    num_free: int = 0
+    has_free: bool = False
 
-    def take_spare(self, *, in_use: Callable[[Version], bool]) -> None:
-        if self.num_free == 0:
-            for _ in range(max(0, len(self.held) + 2 - self.copies)):
-                retired = self.held.pop()
+    def take_spare(self) -> None:
+        if not self.has_free:
+            order = self.held[::-1]  # what was live the longest time ago comes first
+            order.sort(key=lambda version: (version == self.before, version.number < self.live.number))
+            for retired in order[: max(0, len(self.held) + 2 - self.copies)]:
+                self.held.remove(retired)
                 self.before = None if self.before == retired else self.before
-                # The first generation's memory is not an arena; that of one in use is left to its users.
-                self.num_free += retired.number != 1 and not in_use(retired)
-        self.num_free = max(0, self.num_free - 1)
+        self.has_free = False
 
     def commit(self, version: Version) -> None:
         self.held.insert(0, self.live)
@@ -106,13 +106,10 @@ class SlotMachine(RuleBasedStateMachine):
         self.staged: hotglm.Staged | None = None
         self.open: dict[hotglm.Session, tuple[hotglm.Generation, Version]] = {}
 
-    def in_use(self, version: Version) -> bool:
-        return any(held == version for _, held in self.open.values())
-
     def supersede(self) -> None:
         if self.staged is not None:
             self.staged = None
-            self.model.num_free += 1
+            self.model.has_free = True
 
     def offer(self, seed: int) -> tuple[Version, str]:
         version = Version(self.next_number, seed)
@@ -125,7 +122,7 @@ class SlotMachine(RuleBasedStateMachine):
     def stage(self, seed: int) -> tuple[hotglm.Staged, Version, int]:
         version, name = self.offer(seed)
         self.supersede()
-        self.model.take_spare(in_use=self.in_use)
+        self.model.take_spare()
         self.staged = self.slot.stage(make_state(seed), version=name)
         assert self.staged.number == version.number
         return self.staged, version, self.model.live.number
@@ -134,7 +131,7 @@ class SlotMachine(RuleBasedStateMachine):
     def update(self, seed: int) -> None:
         version, name = self.offer(seed)
         self.supersede()
-        self.model.take_spare(in_use=self.in_use)
+        self.model.take_spare()
         receipt = self.slot.update(make_state(seed), version=name)
         assert (receipt.old_number, receipt.new_number) == (self.model.live.number, version.number)
         self.model.commit(version)
@@ -161,8 +158,8 @@ class SlotMachine(RuleBasedStateMachine):
             case _:
                 state["w0"] = state["w0"].to(torch.int64)
         if how in ("nan", "check"):
-            self.model.take_spare(in_use=self.in_use)
-            self.model.num_free += 1
+            self.model.take_spare()
+            self.model.has_free = True
         with pytest.raises(expected) as refused:
             self.slot.stage(state, version=name, policy=policy)
         assert refused.value.serving == str(self.slot.version)

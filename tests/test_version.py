@@ -180,6 +180,15 @@ def test_a_bumped_version_claims_at_least_that_bump_and_is_above(version: Versio
     assert version.bumped(Bump.NONE) == version
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("2.0.0rc1", "2.0.0"), ("1!0.3.1.dev2", "1!0.3.1"), ("1.0.0.post1.dev1", "1.0.1"), ("1.2.3.4rc1", "1.2.4")],
+)
+def test_the_patch_above_a_prerelease_is_its_release(before: str, after: str) -> None:
+    """The smallest release above a pre-release that only changes values is the release itself, where that is above."""
+    assert Version(before).bumped(Bump.PATCH) == after
+
+
 @given(plain_versions, bumps, bumps)
 def test_a_bigger_bump_never_gives_a_lower_version(version: Version, a: Bump, b: Bump) -> None:
     """`v.bumped(a) <= v.bumped(b)` when a <= b."""

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -51,10 +50,10 @@ def load_data() -> Data:
     """Return scikit-learn's digits, shuffled with a fixed seed and split.
 
     Raises:
-        MissingExtraError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn, or numpy, which it brings, is not installed.
     """
-    bunch = _import_datasets().load_digits()
-    order = np.random.default_rng(0).permutation(len(bunch.target))
+    bunch = _import("sklearn.datasets").load_digits()
+    order = _import("numpy").random.default_rng(0).permutation(len(bunch.target))
     images = torch.tensor(bunch.data[order] / 16.0, dtype=torch.float32)
     labels = torch.tensor(bunch.target[order], dtype=torch.int64)
     num_held_out = _NUM_SHEETS * SHEET_SIZE
@@ -66,12 +65,12 @@ def load_data() -> Data:
     )
 
 
-def _import_datasets() -> Any:
+def _import(name: str) -> Any:
     try:
-        return importlib.import_module("sklearn.datasets")  # by name: it is an extra, and this says which
+        return importlib.import_module(name)  # by name: it is of an extra, and this says which
     except ModuleNotFoundError as error:
         raise hotglm.MissingExtraError(
-            f"The demo needs scikit-learn for its handwritten digits, and {error.name!r} is not installed.",
+            f"The demo needs scikit-learn for its handwritten digits, and {error.name or name!r} is not installed.",
             remedy="pip install 'hotglm[demo]'.",
         ) from error
 

@@ -3,7 +3,11 @@
 Rules this module keeps:
 
 - The file appears whole or not at all: it is written beside its place, flushed to the disk and renamed (P11).
-- A tied tensor is written once, under its first name.
+- What reading would refuse is not written: the header goes through the reader's own parser first, and so does the
+  config.
+- Tensors go from their memory to the file, one after the other; only one that is not contiguous is copied, for as long
+  as it is written. Nothing but torch is needed for it.
+- A tied tensor of a module is written once, under its first name; of a mapping, every name is.
 - The metadata keys are those that staging reads: `hotglm.name`, `hotglm.version`, `hotglm.config`, `hotglm.requires`,
   `hotglm.digests`.
 """
@@ -12,22 +16,27 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from hotglm.errors import Problem, TensorValueError
-from hotglm.model.inspection import find_state
+from hotglm.document import Report, parse_json
+from hotglm.environment import MAX_REQUIREMENTS, Unmet, find_distinct, parse_requirement
+from hotglm.errors import ArgumentError, HeaderError, Problem, SourceError, shorten_repr
+from hotglm.header import DEFAULT_LIMITS, DTYPES, PREFIX_NBYTES, TensorEntry, format_header, parse_header
+from hotglm.model.inspection import find_state, find_tensor_fault
 from hotglm.model.registry import find_definition, read_config
+from hotglm.model.whole_file import verify_path, write_whole
+from hotglm.problem import describe_exception
 from hotglm.version import Version
-from hotglm.weights.digest import digest_tensor
-from hotglm.weights.dtypes import LOADABLE_DTYPES
+from hotglm.weights.digest import digest_tensor, tensor_bytes, view_buffer
+from hotglm.weights.dtypes import LOADABLE_DTYPES, dtype_name
 
 __all__ = ["save_weights"]
+
+_FORMAT_NAMES = {info.torch_name: name for name, info in DTYPES.items() if info.torch_name}
 
 
 def save_weights(
@@ -41,11 +50,12 @@ def save_weights(
 ) -> dict[str, str]:
     """Write the weights of a module, or a mapping of tensors, to one safetensors file; return the digests by name.
 
-    A reader of `path` sees the old file or the new one, never a part. On an error `path` is as it was.
+    A reader of `path` sees the old file or the new one, never a part. On an error `path` is as it was, unless what
+    failed is the last step, flushing the directory: then the new file is there, whole, and may be gone after a crash.
 
     Args:
         source: the module (its parameters and persistent buffers) or the tensors, on the CPU; only read.
-        path: the file; its directory must exist.
+        path: the file; its directory must exist. A link is followed; the mode of a file that is there is kept.
         version: version of these weights; for a module, what `@versioned` declared if None.
         name: name of the model; likewise.
         config: fields of the config, as JSON can hold them; for a module, those of the dataclass it keeps as `config`
@@ -54,83 +64,183 @@ def save_weights(
 
     Raises:
         VersionSyntaxError: `version` does not parse.
-        TensorValueError: tensors of dtypes that safetensors lacks, all named.
+        ArgumentError: tensors that a file cannot hold, fields of the config that JSON cannot, or requirements that do
+            not parse; of each kind, all are named.
+        HeaderError: names or sizes that reading the file would refuse, all named.
         OSError: the file cannot be written.
     """
-    definition = find_definition(type(source)) if isinstance(source, nn.Module) else None
+    target = verify_path(path)
     tensors = _collect(source)
-    _verify_dtypes(tensors)
+    metadata = _describe(source, version=version, name=name, config=config, requires=requires)
     digests = {key: digest_tensor(tensor) for key, tensor in tensors.items()}
-    fields = read_config(source) if config is None and isinstance(source, nn.Module) else config
-    chosen = version if version is not None else definition.version if definition else None
-    metadata = {
-        "hotglm.name": name or (definition.name if definition else None),
-        "hotglm.version": None if chosen is None else str(Version(chosen)),
-        "hotglm.config": None if fields is None else json.dumps(dict(fields)),
-        "hotglm.requires": json.dumps(list(requires)) if requires else None,
-        "hotglm.digests": json.dumps(digests),
-    }
-    _write(tensors, os.fspath(path), {key: value for key, value in metadata.items() if value is not None})
+    metadata["hotglm.digests"] = json.dumps(digests)
+    entries = _lay_out(tensors)
+    header = _make_header(entries, metadata)
+    write_whole(target, _chunks(header, [tensors[entry.name] for entry in entries]))
     return digests
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
 
 
 def _collect(source: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if isinstance(source, nn.Module):
-        named = {entry.name: entry.tensor for entry in find_state(source) if entry.persistent}
+        tensors = dict(_untied(source))
+    elif isinstance(source, Mapping):
+        tensors = dict(source)
     else:
-        named = dict(source)
-    seen: set[tuple[object, ...]] = set()
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in named.items():
-        identity = (
-            (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else (name,)
+        raise ArgumentError(
+            f"Expected a module or a mapping of tensors, got {shorten_repr(type(source).__name__)}.",
+            remedy="pass the model or its state_dict().",
         )
-        if identity not in seen:
-            seen.add(identity)
-            tensors[name] = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return _separate(tensors)
-
-
-def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy what shares a storage with an earlier tensor: the format has no overlaps."""
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in storages and tensor.numel():
-            tensors[name] = tensor.clone()
-        storages.add(storage)
+    problems = [problem for key, tensor in tensors.items() if (problem := _find_problem(key, tensor))]
+    if problems:
+        remedy = "convert the named tensors first, or leave them out."
+        raise ArgumentError("Expected tensors that a file can hold.", problems=problems, remedy=remedy)
     return tensors
 
 
-def _verify_dtypes(tensors: Mapping[str, torch.Tensor]) -> None:
+def _untied(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the state of a module, what has several names under the first of them."""
+    seen: set[tuple[object, ...]] = set()
+    for entry in find_state(module):
+        tensor = entry.tensor
+        if not entry.persistent:
+            continue
+        if find_tensor_fault(tensor) is None and tensor.numel():
+            place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if place in seen:
+                continue
+            seen.add(place)
+        yield entry.name, tensor
+
+
+def _find_problem(name: object, tensor: object) -> Problem | None:
+    if not isinstance(name, str):
+        return Problem(code="BAD_NAME", message=f"Expected text as a name, got {shorten_repr(name)}")
+    if not isinstance(tensor, torch.Tensor):
+        found = shorten_repr(type(tensor).__name__)
+        return Problem(code="BAD_TENSOR", message=f"Expected a tensor, got {found}", tensor=name)
+    if fault := find_tensor_fault(tensor):
+        message = f"Expected a plain dense CPU tensor, got {fault}"
+        return Problem(code="UNSUPPORTED_TENSOR", message=message, tensor=name)
+    if tensor.dtype not in LOADABLE_DTYPES:
+        message = f"Expected a dtype of safetensors, got {dtype_name(tensor.dtype)}"
+        return Problem(code="UNSUPPORTED_DTYPE", message=message, tensor=name)
+    return None
+
+
+def _lay_out(tensors: Mapping[str, torch.Tensor]) -> list[TensorEntry]:
+    """Return where each tensor goes: those of large elements first, so that all are aligned, then by name."""
+    entries: list[TensorEntry] = []
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        dtype = _FORMAT_NAMES[dtype_name(tensor.dtype)]
+        entries.append(TensorEntry(name=name, dtype=dtype, shape=tuple(tensor.shape), start=start, stop=end))
+    return entries
+
+
+def _chunks(header: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
+    yield memoryview(len(header).to_bytes(PREFIX_NBYTES, "little"))
+    yield memoryview(header)
+    for tensor in tensors:
+        data = tensor_bytes(tensor)
+        if data.numel():
+            yield view_buffer(data)  # `data` stays until the consumer asks for the next one
+
+
+# -- metadata ----------------------------------------------------------------------------------------------------------
+
+
+def _describe(
+    source: object,
+    *,
+    version: str | Version | None,
+    name: str | None,
+    config: Mapping[str, Any] | None,
+    requires: Collection[str],
+) -> dict[str, str]:
+    module = source if isinstance(source, nn.Module) else None
+    definition = None if module is None else find_definition(type(module))
+    if name is not None and not isinstance(name, str):
+        raise ArgumentError(f"Expected text as name, got {shorten_repr(name)}.", remedy="pass a string.")
+    fields = read_config(module) if config is None and module is not None else config
+    chosen = version if version is not None else definition.version if definition else None
+    metadata = {
+        "hotglm.name": name or (definition.name if definition else None),
+        "hotglm.version": None if chosen is None else str(Version(chosen)),
+        "hotglm.config": None if fields is None else _format_config(fields),
+        "hotglm.requires": _format_requirements(requires),
+    }
+    return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _format_config(config: Mapping[str, Any]) -> str:
+    """Return the config as JSON that staging reads.
+
+    Raises:
+        ArgumentError: with every field that it would refuse.
+    """
+    remedy = "pass config= with fields that JSON can hold: text, finite numbers, booleans, None, lists and mappings."
+    if not isinstance(config, Mapping):
+        raise ArgumentError(f"Expected a mapping as config, got {shorten_repr(type(config).__name__)}.", remedy=remedy)
     problems = [
-        Problem(code="UNSUPPORTED_DTYPE", message=f"Expected a dtype of safetensors, got {tensor.dtype}", tensor=name)
-        for name, tensor in tensors.items()
-        if tensor.dtype not in LOADABLE_DTYPES
+        Problem(code="BAD_CONFIG", message=f"Expected field {shorten_repr(field)} to be JSON, got {why}")
+        for field, value in config.items()
+        if (why := _why_not_json(field, value))
     ]
+    text = "" if problems else json.dumps(dict(config), allow_nan=False)
+    if len(text) > DEFAULT_LIMITS.config_nbytes:
+        message = f"Expected at most {DEFAULT_LIMITS.config_nbytes} bytes of JSON, got {len(text)}"
+        problems = [Problem(code="CONFIG_TOO_LARGE", message=message)]
     if problems:
-        raise TensorValueError(
-            "Expected tensors that a file can hold.", problems=problems, remedy="convert the named tensors first."
-        )
+        raise ArgumentError("Expected a config that a file can hold.", problems=problems, remedy=remedy)
+    return text
 
 
-def _write(tensors: Mapping[str, torch.Tensor], path: str, metadata: Mapping[str, str]) -> None:
-    directory = os.path.dirname(path) or "."
-    temporary = os.path.join(directory, f".{os.path.basename(path)}.{secrets.token_hex(6)}.partial")
+def _why_not_json(field: object, value: object) -> str | None:
+    if not isinstance(field, str):
+        return "a name that is not text"
+    report = Report(SourceError, headline="Refused", remedy="", prefix="CONFIG", file=None)
     try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        _flush(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-    _flush(directory)
+        parse_json(json.dumps({field: value}, allow_nan=False).encode(), report=report)
+    except SourceError as refusal:  # too deep, or a key twice: 1 and "1"
+        return refusal.problems[0].message.rpartition("got ")[2]
+    except (TypeError, ValueError, RecursionError) as error:
+        return describe_exception(error, limit=120)
+    return None
 
 
-def _flush(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
+def _format_requirements(requires: Collection[str]) -> str | None:
+    remedy = "pass a list such as ['torch>=2.6']."
+    if isinstance(requires, str):
+        raise ArgumentError(f"Expected a list of requirements, got {shorten_repr(requires)}.", remedy=remedy)
+    judged = [parse_requirement(text) for text in find_distinct(requires)]
+    problems = [Problem(code=unmet.code, message=unmet.message) for unmet in judged if isinstance(unmet, Unmet)]
+    if len(judged) > MAX_REQUIREMENTS:
+        message = f"Expected at most {MAX_REQUIREMENTS} requirements, got more."
+        problems.append(Problem(code="BAD_REQUIREMENT", message=message))
+    if problems:
+        raise ArgumentError("Expected requirements that can be judged.", problems=problems, remedy=remedy)
+    return json.dumps(list(requires)) if requires else None
+
+
+def _make_header(entries: list[TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """Return the header, having read it as a reader of the file will.
+
+    Raises:
+        HeaderError: with everything that a reader would refuse.
+    """
+    text = format_header(entries, metadata)
+    data_nbytes = entries[-1].stop if entries else 0
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        parse_header(text, file_size=PREFIX_NBYTES + len(text) + data_nbytes)
+    except HeaderError as error:
+        raise HeaderError(
+            "Expected weights that can be read again once they are written; the header was refused.",
+            problems=error.problems,
+            remedy="rename or leave out what is named; nothing was written.",
+        ) from None
+    return text

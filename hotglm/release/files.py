@@ -40,6 +40,7 @@ from hotglm.header import (
     parse_header_length,
 )
 from hotglm.release.index import index_report, parse_index, report_mismatches
+from hotglm.release.metadata import merge_metadata
 from hotglm.release.reading import (
     FileIdentity,
     close_quietly,
@@ -277,16 +278,8 @@ def _locate(files: Iterable[WeightFile]) -> Iterable[tuple[str, TensorLocation]]
 
 
 def _merge_metadata(files: Iterable[WeightFile], *, path: str) -> dict[str, str]:
-    merged: dict[str, str] = {}
     report = index_report(path)
-    for file in files:
-        for key, value in file.header.metadata.items():
-            if (expected := merged.setdefault(key, value)) != value:
-                message = (
-                    f"Expected metadata {shorten_repr(key)} to be {shorten_repr(expected)} in all shards, "
-                    f"got {shorten_repr(value)} in {shorten_repr(os.path.basename(file.path))}."
-                )
-                report.add("METADATA_CONFLICT", message, expected=expected, found=value)
+    merged = merge_metadata(((file.path, file.header.metadata) for file in files), report=report)
     report.raise_if_any()
     return merged
 
@@ -295,7 +288,8 @@ def _read_config(
     metadata: Mapping[str, str], *, path: str, beside: str | None, limits: Limits
 ) -> Mapping[str, object] | None:
     if (embedded := metadata.get(CONFIG_KEY)) is not None:
-        return _parse_config(embedded.encode(), path=path, what=f"metadata {CONFIG_KEY!r} of {shorten_repr(path)}")
+        what = f"metadata {CONFIG_KEY!r} of {shorten_repr(path)}"
+        return _parse_config(embedded.encode(), path=path, what=what, limit=limits.config_nbytes)
     if beside is None:
         return None
     try:
@@ -304,10 +298,11 @@ def _read_config(
         if error.code != "NOT_FOUND":
             raise
         return None
-    return _parse_config(text, path=beside, what=f"config {shorten_repr(beside)}", constants=True)
+    what = f"config {shorten_repr(beside)}"
+    return _parse_config(text, path=beside, what=what, limit=limits.config_nbytes, constants=True)
 
 
-def _parse_config(text: bytes, *, path: str, what: str, constants: bool = False) -> Mapping[str, object]:
+def _parse_config(text: bytes, *, path: str, what: str, limit: int, constants: bool = False) -> Mapping[str, object]:
     report = Report(
         SourceError,
         headline=f"The {what} was refused",
@@ -315,6 +310,9 @@ def _parse_config(text: bytes, *, path: str, what: str, constants: bool = False)
         prefix="CONFIG",
         file=path,
     )
+    if len(text) > limit:
+        message = f"Expected at most {limit} bytes, got {len(text)}."
+        report.stop("CONFIG_TOO_LARGE", message, expected=limit, found=len(text))
     verify_utf8(text, report=report)
     config = parse_json(text, report=report, constants=constants)
     if not isinstance(config, dict):

@@ -48,6 +48,18 @@ class Golden:
     atol: float = 1e-6
     name: str = "golden"
 
+    def __post_init__(self) -> None:
+        """Refuse tolerances that cannot be meant.
+
+        Raises:
+            ArgumentError: one is negative or NaN.
+        """
+        if not (self.rtol >= 0 and self.atol >= 0):
+            raise ArgumentError(
+                f"Expected tolerances of 0 or more, got rtol={self.rtol}, atol={self.atol}.",
+                remedy="use 0 for both to compare bit for bit.",
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePolicy:
@@ -82,18 +94,27 @@ class StagePolicy:
         Raises:
             ArgumentError: naming the fields.
         """
+        for name in ("warm_up", "goldens", "checks"):
+            value = getattr(self, name)
+            if isinstance(value, (list, Iterator)):  # an iterator would be used up by its first reader
+                object.__setattr__(self, name, tuple(value))
         wrong = [
             *(["num_threads"] if self.num_threads is not None and self.num_threads < 1 else []),
             *(["nice"] if not 0 <= self.nice <= 19 else []),
-            *(["timeout_s"] if self.timeout_s is not None and self.timeout_s <= 0 else []),
-            *(["checks"] if not all(callable(check) for check in self.checks) else []),
-            *(["warm_up"] if isinstance(self.warm_up, (torch.Tensor, Mapping)) else []),
+            *(["timeout_s"] if self.timeout_s is not None and not self.timeout_s > 0 else []),
+            *(["checks"] if not _is_tuple_of(self.checks, callable) else []),
+            *(["goldens"] if not _is_tuple_of(self.goldens, lambda item: isinstance(item, Golden)) else []),
+            *(["warm_up"] if not isinstance(self.warm_up, tuple) else []),
         ]
         if wrong:
             raise ArgumentError(
                 f"Expected a stage policy that can be meant, got bad {', '.join(wrong)}.",
                 remedy="see StagePolicy: warm_up and checks are tuples, nice is 0 to 19, the rest is positive.",
             )
+
+
+def _is_tuple_of(value: object, test: Callable[[object], bool]) -> bool:
+    return isinstance(value, tuple) and all(test(item) for item in value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,13 +103,18 @@ class SlotCore:
         self.admission = Admission(first, name=settings.name)
         self.sessions = Sessions()
         self.subscribers = Subscribers()
+        # Found while a stage has its turn, announced when it has ended.
+        self._late: deque[Event] = deque()
         self.spares = Spares(
-            admission=self.admission, sessions=self.sessions, policy=settings.memory, on_held=self._announce_held
+            admission=self.admission,
+            sessions=self.sessions,
+            policy=settings.memory,
+            # No method of this object: a slot that is dropped must be gone without the garbage collector.
+            on_held=functools.partial(_note_held, self._late, settings),
         )
         self.stager = Stager(self.spares, name=settings.name)
         self.refusals: deque[str] = deque(maxlen=_MAX_REFUSALS)
         self.num_refused = 0
-        self._late: deque[Event] = deque()
         self._numbers = itertools.count(first.number + 1)
 
     @_keeping_no_memory
@@ -143,11 +148,18 @@ class SlotCore:
                 try:
                     return self._commit(staged, expected, events)
                 except BaseException:
-                    staged.drop()
-                    events.append(self._discarded(staged))
+                    self._settle_interrupted(staged, events)
                     raise
         finally:
             self._publish_after_turn(events)
+
+    def _settle_interrupted(self, staged: Staged, events: list[Event]) -> None:
+        """Announce what became of a stage whose commit raised; an interrupt may come after the store."""
+        live = self.admission.live
+        if staged.drop():
+            events.append(self._discarded(staged))
+        elif live.generation.number == staged.number and not any(isinstance(e, CommittedEvent) for e in events):
+            events.append(self._committed(live.generation, live.before or live.generation))
 
     @_keeping_no_memory
     def rollback(self, to: Expected | None, expected: Expected | None) -> Receipt:
@@ -159,16 +171,7 @@ class SlotCore:
             self.add_context(error)
             raise
         receipt = self._receipt("rolled back", old, new.generation, time.perf_counter() - started)
-        before, after = old.generation, new.generation
-        self.publish(
-            RolledBackEvent(
-                slot=self.settings.name,
-                version=str(after.version),
-                number=after.number,
-                previous_version=str(before.version),
-                previous_number=before.number,
-            )
-        )
+        self.publish(RolledBackEvent(slot=self.settings.name, **_name_change(new.generation, old.generation)))
         yield_gil()  # rollbacks in a tight loop leave passes their turns (F15 in tests/test_concurrent_updates.py)
         return receipt
 
@@ -188,12 +191,11 @@ class SlotCore:
 
     def close(self) -> None:
         """Take no further updates; see `ModuleSlot.close`."""
-        if not self.admission.close():
-            return
         with self.stager.turn(what="close", can_be_superseded=False):
+            if not self.admission.close():
+                return
             self.stager.discard_latest(by="close")
-            for held in self.admission.live.held:
-                self.spares.retire_now(held)
+            self.spares.close()
         self.publish(*self.note_drained(), ClosedEvent(slot=self.settings.name))
 
     def publish(self, *events: Event) -> None:
@@ -264,6 +266,10 @@ class SlotCore:
         if self.admission.is_closed:
             raise SlotClosedError("Expected an open slot, got a closed one.", remedy="make a new ModuleSlot.")
         settings = self.settings
+        if options.policy is not None and not isinstance(options.policy, StagePolicy):
+            raise ArgumentError(
+                f"Expected a StagePolicy, got {shorten_repr(options.policy)}.", remedy="pass StagePolicy(...)."
+            )
         return StageRequest(
             source=source,
             version=None if version is None else Version(version),
@@ -323,14 +329,7 @@ class SlotCore:
         commit_s = time.perf_counter() - started
         staged.release()
         receipt = self._receipt("committed", old, generation, commit_s, staged)
-        event = CommittedEvent(
-            slot=self.settings.name,
-            version=str(generation.version),
-            number=generation.number,
-            previous_version=str(old.generation.version),
-            previous_number=old.generation.number,
-        )
-        events.append(event)
+        events.append(self._committed(generation, old.generation))
         return receipt
 
     def _receipt(
@@ -351,22 +350,31 @@ class SlotCore:
             **parts,
         )
 
-    def _announce_held(self, retired: Retired, holders: tuple[Holder, ...]) -> None:
-        texts = tuple(map(str, holders)) or ("references kept outside the slot; slot.find_holders() names them",)
-        event = HeldEvent(
-            slot=self.settings.name,
-            version=str(retired.version),
-            number=retired.number,
-            limit_s=self.settings.memory.drain_timeout_s,
-            holders=texts,
-        )
-        self._late.append(event)  # found while the stage has its turn; announced when it has ended
-
     def _announce_discarded(self, staged: Staged) -> None:
         self.publish(self._discarded(staged))
 
+    def _committed(self, new: Generation, old: Generation) -> Event:
+        return CommittedEvent(slot=self.settings.name, **_name_change(new, old))
+
     def _discarded(self, staged: Staged) -> Event:
         return DiscardedEvent(slot=self.settings.name, version=str(staged.version), number=staged.number)
+
+
+def _name_change(new: Generation, old: Generation) -> dict[str, Any]:
+    versions = {"version": str(new.version), "previous_version": str(old.version)}
+    return {**versions, "number": new.number, "previous_number": old.number}
+
+
+def _note_held(late: deque[Event], settings: SlotSettings, retired: Retired, holders: tuple[Holder, ...]) -> None:
+    texts = tuple(map(str, holders)) or ("references kept outside the slot; slot.find_holders() names them",)
+    event = HeldEvent(
+        slot=settings.name,
+        version=str(retired.version),
+        number=retired.number,
+        limit_s=settings.memory.drain_timeout_s,
+        holders=texts,
+    )
+    late.append(event)
 
 
 _STAGED_PARTS = ("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted")

@@ -9,19 +9,21 @@ Rules this module keeps:
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import threading
 import traceback
 import types
 import weakref
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from hotglm.errors import shorten_repr
+from hotglm.errors import SlotStateError, shorten_repr
 from hotglm.slot.generation import Generation, Retired
 
 __all__ = ["Holder", "Session", "Sessions", "find_passes", "find_references"]
@@ -68,7 +70,9 @@ class Session:
     def __enter__(self) -> Generation:
         """Return the generation that this session holds until it exits."""
         if self._generation is None:
-            raise RuntimeError("a session runs once; call slot.acquire() for another")
+            raise SlotStateError(
+                "Expected a session to be entered once, got a second time.", remedy="call slot.acquire()."
+            )
         return self._generation
 
     def __exit__(self, *_: object) -> None:
@@ -99,14 +103,17 @@ class Sessions:
         for key, reference in list(self._open.items()):
             session = reference()
             if session is None:
-                self._open.pop(key, None)
+                if self._open.get(key) is reference:  # not that of a new session at the same address
+                    self._open.pop(key, None)
             elif session.number == number:
                 description = f"session of thread {session.thread!r}, acquired at {session.place}"
                 yield Holder(kind="session", number=number, description=description)
 
 
 def find_passes(module: nn.Module, number: int) -> tuple[Holder, ...]:
-    """Return one holder for each thread that is running a forward pass of `module` now, with its stack."""
+    """Return one holder for each thread that is running code of `module` or a part of it now, with its stack."""
+    parts = {id(part) for part in module.modules()}
+    codes = _PASS_CODES | {code for cls in {type(part) for part in module.modules()} for code in _find_codes(cls)}
     found: list[Holder] = []
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     # One of the frames is this one: left in a local variable it would keep itself, and `module` with it, until the next
@@ -114,7 +121,7 @@ def find_passes(module: nn.Module, number: int) -> tuple[Holder, ...]:
     tops = sys._current_frames()
     try:
         for ident in tops:
-            if _runs(tops[ident], module):
+            if _runs(tops[ident], parts, codes):
                 stack = "".join(traceback.format_stack(tops[ident], limit=12))
                 name = names.get(ident, str(ident))
                 found.append(Holder(kind="pass", number=number, description=f"pass in thread {name!r}", stack=stack))
@@ -123,9 +130,21 @@ def find_passes(module: nn.Module, number: int) -> tuple[Holder, ...]:
     return tuple(found)
 
 
-def _runs(frame: types.FrameType | None, module: nn.Module) -> bool:
+def _find_codes(cls: type) -> Iterator[types.CodeType]:
+    """Yield the code of the methods of a class; decorated ones by what they wrap."""
+    for base in cls.__mro__[:-1]:
+        if base is not nn.Module:
+            for value in list(vars(base).values()):
+                function = inspect.unwrap(value) if callable(value) and not isinstance(value, type) else value
+                if isinstance(function, types.FunctionType):
+                    yield function.__code__
+
+
+def _runs(frame: types.FrameType | None, parts: set[int], codes: AbstractSet[types.CodeType]) -> bool:
+    # Only frames of the module's own code are looked into: reading `f_locals` makes Python 3.11 keep a copy of them.
     while frame is not None:
-        if frame.f_code in _PASS_CODES and frame.f_locals.get("self") is module:
+        code = frame.f_code
+        if code in codes and code.co_argcount and id(frame.f_locals.get(code.co_varnames[0])) in parts:
             return True
         frame = frame.f_back
     return False

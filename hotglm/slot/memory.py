@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hotglm.errors import ArgumentError, MemoryPlanError
@@ -137,10 +137,24 @@ class ArenaPool:
             self._arenas.remove(arena)
             self._given_up.append((arena.watch, arena.nbytes))
 
-    def trim(self, keep: Iterable[Arena]) -> None:
-        """Drop free arenas other than `keep`, so that a slot at rest holds no memory it has no use for."""
-        kept = list(keep)
-        self._arenas = [arena for arena in self._arenas if not arena.is_free or any(arena is k for k in kept)]
+    def give_up_all(self) -> None:
+        """Leave every arena to those who hold it."""
+        for arena in list(self._arenas):
+            self.give_up(arena)
+
+    def trim(self) -> None:
+        """Drop free arenas, so that a slot at rest holds no memory it has no use for."""
+        self._arenas = [arena for arena in self._arenas if not arena.is_free]
+
+    @property
+    def lent(self) -> tuple[Arena, ...]:
+        """The arenas that are in use."""
+        return tuple(arena for arena in list(self._arenas) if not arena.is_free)
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes in arenas that nobody uses; an allocation drops them first."""
+        return sum(arena.nbytes for arena in list(self._arenas) if arena.is_free)
 
 
 def verify_fits(nbytes: int, *, pool_nbytes: int, policy: MemoryPolicy, available_nbytes: int, holders: str) -> None:

@@ -10,6 +10,7 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hotglm.errors import ArgumentError, SlotStateError
 from hotglm.events import Event
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import find_definition
@@ -27,7 +29,7 @@ from hotglm.slot.admission import Admission, Expected, HistoryEntry
 from hotglm.slot.checks import StagePolicy
 from hotglm.slot.core import SlotCore, SlotSettings, StageOptions
 from hotglm.slot.facade import ModuleFacade
-from hotglm.slot.generation import Generation
+from hotglm.slot.generation import Generation, State
 from hotglm.slot.holders import Holder, Session
 from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.observer import find_holders, read_status, wait_drained
@@ -72,7 +74,8 @@ class ModuleSlot(ModuleFacade):
         Args:
             module: any `nn.Module` with its tensors on the CPU; owned by the slot from now on.
             name: name of the slot and the model; what `@versioned` declared, else the class's name.
-            version: version of `module`; what `@versioned` declared, else `0.0.0`.
+            version: version of `module`; what `@versioned` declared, else `0.0.0`, from which every step but one to
+                another `0.0.x` is a major one, and refused unless `accept` is `"major"`.
             accept: the largest step of versions that is taken; `"major"` lets callers notice.
             policy: what every stage must prove, unless `stage` is given another one.
             memory: how much memory updates may use.
@@ -83,6 +86,7 @@ class ModuleSlot(ModuleFacade):
             ModuleError: the module holds something no slot can hold; everything is named.
             ArgumentError: `version` or `accept` cannot be meant.
         """
+        _verify_settings(name=name, policy=policy, memory=memory, refresh=refresh)
         contract = contract_of(module)
         definition = find_definition(type(module))
         label = name or (definition.name if definition else type(module).__name__)
@@ -137,6 +141,15 @@ class ModuleSlot(ModuleFacade):
     def history(self) -> tuple[HistoryEntry, ...]:
         """The latest changes of the live generation, oldest first; refusals change nothing and are not in it."""
         return self._admission.live.history
+
+    def train(self, mode: bool = True) -> ModuleSlot:  # noqa: FBT001, FBT002 - nn.Module's signature
+        """Set training mode on the live module, those held for rollback and a staged one; later ones copy it."""
+        super().train(mode=mode)
+        staged = self._core.stager.staged
+        if staged is not None and staged.state is State.STAGED:
+            with contextlib.suppress(SlotStateError):  # it may be discarded just now
+                staged.module.train(mode=mode)
+        return self
 
     # -- updates -------------------------------------------------------------------------------------------------------
 
@@ -295,6 +308,20 @@ class ModuleSlot(ModuleFacade):
         """
         with self.acquire() as generation:
             return (_rebuild, (pickle.dumps(generation.module, protocol), self._options()))
+
+
+def _verify_settings(*, name: object, policy: object, memory: object, refresh: object) -> None:
+    wrong = [
+        *(["name"] if name is not None and not (isinstance(name, str) and name) else []),
+        *(["policy"] if policy is not None and not isinstance(policy, StagePolicy) else []),
+        *(["memory"] if memory is not None and not isinstance(memory, MemoryPolicy) else []),
+        *(["refresh"] if refresh is not None and not callable(refresh) else []),
+    ]
+    if wrong:
+        raise ArgumentError(
+            f"Expected settings of a slot that can be meant, got bad {', '.join(wrong)}.",
+            remedy="name is text, policy a StagePolicy, memory a MemoryPolicy, refresh a function of a module.",
+        )
 
 
 def _rebuild(module: bytes, options: dict[str, Any]) -> ModuleSlot:

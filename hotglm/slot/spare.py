@@ -78,10 +78,11 @@ class Spares:
         freed = [generation for generation in retires if self._has_room(generation, nbytes)]
         allocates = 0 if freed else nbytes
         if allocates:
-            returned = sum(weights_nbytes(generation) for generation in retires if generation.arena is None)
+            returned = sum(weights_nbytes(generation) for generation in retires) + self.pool.free_nbytes
+            dropped = sum(weights_nbytes(generation) for generation in retires if generation.arena is not None)
             verify_fits(
                 allocates,
-                pool_nbytes=self.pool.nbytes,
+                pool_nbytes=self.pool.nbytes - self.pool.free_nbytes - dropped,
                 policy=self.policy,
                 available_nbytes=available + returned,
                 holders=self.describe_holders(),
@@ -105,18 +106,49 @@ class Spares:
             cancellation.raise_if_cancelled()
             for number in plan.retires:
                 self._retire(number, cancellation)
-            arena = self.pool.find_free(plan.nbytes)
+            arena = self._find_free(plan.nbytes)
             is_fresh = arena is None
             if arena is None:
-                verify_fits(
-                    plan.nbytes,
-                    pool_nbytes=self.pool.nbytes,
-                    policy=self.policy,
-                    available_nbytes=read_available_nbytes(),
-                    holders=self.describe_holders(),
-                )
-                arena = self.pool.allocate(plan.nbytes)
-            return TakenSpare(arena=arena, lease=arena.lease(), is_fresh=is_fresh)
+                arena = self._allocate(plan.nbytes)
+            lease = arena.lease()
+            self.pool.trim()
+            return TakenSpare(arena=arena, lease=lease, is_fresh=is_fresh)
+
+    def _find_free(self, nbytes: int) -> Arena | None:
+        arena = self.pool.find_free(nbytes)
+        strays = self._find_strays()
+        if arena is not None or not strays:
+            return arena
+        gc.collect()  # what failed may have left its memory in a circle of references
+        for stray in strays:
+            if not stray.is_free:
+                self.pool.give_up(stray)
+        return self.pool.find_free(nbytes)
+
+    def _find_strays(self) -> list[Arena]:
+        """Return arenas in use that no generation owns: by a stage that was given up, or whose module somebody kept."""
+        live = self.admission.live
+        owned = [generation.arena for generation in (live.generation, *live.held)]
+        owned += [retired.arena for retired in self.retired]
+        return [arena for arena in self.pool.lent if all(arena is not other for other in owned)]
+
+    def _allocate(self, nbytes: int) -> Arena:
+        self.pool.trim()
+        verify_fits(
+            nbytes,
+            pool_nbytes=self.pool.nbytes,
+            policy=self.policy,
+            available_nbytes=read_available_nbytes(),
+            holders=self.describe_holders(),
+        )
+        return self.pool.allocate(nbytes)
+
+    def close(self) -> None:
+        """Stop holding anything for rollback, and give every arena to those who still use it."""
+        with self._taking:
+            for held in self.admission.live.held:
+                self.retire_now(held)
+            self.pool.give_up_all()
 
     def wait_until_free(self, retired: Retired, *, timeout_s: float, cancellation: Cancellation) -> bool:
         """Wait until nothing of `retired` is in use; return whether that came to be.
@@ -161,13 +193,20 @@ class Spares:
             runners = [holder.description for holder in self.find_runners(retired)]
             what = "; ".join(runners) or "references kept outside the slot (see slot.find_holders())"
             parts.append(f"generation {retired.number} ({retired.nbytes} bytes) is held by {what}")
+        nbytes = sum(arena.nbytes for arena in self._find_strays())
+        if nbytes:
+            parts.append(
+                f"{nbytes} bytes are held by a stage that has not ended, or by what was kept of one that failed"
+            )
         return f" Still held: {'. '.join(parts)}." if parts else ""
 
     def _choose_retired(self, nbytes: int) -> tuple[Generation, ...]:
-        held = self.admission.live.held
-        num_too_many = 1 + len(held) + 1 - self.policy.count_copies(nbytes)
-        # The last in `held` were live the longest time ago.
-        return tuple(reversed(held))[: max(0, num_too_many)]
+        live = self.admission.live
+        num_too_many = 1 + len(live.held) + 1 - self.policy.count_copies(nbytes)
+        # First what was rolled back from, then the oldest, and the rollback target last.
+        now = live.generation.number
+        order = sorted(live.held, key=lambda held: (held is live.before, held.number < now, held.number))
+        return tuple(order[: max(0, num_too_many)])
 
     def _has_room(self, generation: Generation, nbytes: int) -> bool:
         return generation.arena is not None and generation.arena.nbytes >= nbytes

@@ -128,6 +128,7 @@ class _Stage:
             twin = copy_module(
                 code.module, layout=layout, lease=taken.lease, constants=self._constants(), marks=code.marks
             )
+            taken.lease.tie_to(twin.module)
             record.carried = twin.carried
             _adopt_mode(twin.module, self._request.live.module)
             self._carry_over(entries, twin)
@@ -252,6 +253,7 @@ class _Stage:
         with record.timed("check"):
             proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
         self._verify_layout(twin.module, code.contract)
+        _adopt_mode(twin.module, request.live.module)  # again: it may have changed meanwhile
         values = [
             *(["finite values"] if request.policy.finite else []),
             *([f"{len(loaded.digests)} digests taken"] if loaded.digests else []),

@@ -56,6 +56,16 @@ class Lease:
         """A function that returns None once nobody holds this lease any more; holding the function holds nothing."""
         return weakref.ref(self._memory)
 
+    def tie_to(self, holder: object) -> None:
+        """Keep the lease for as long as `holder` lives, too.
+
+        Storages can be moved out of the arena under a pass that reads them: `share_memory_`, `set_`, and so everything
+        that sends a tensor to another process. The pass holds its module, and so the memory it began in.
+        """
+        tie = _Tie(holder, _ties.discard)
+        tie.memory = self._memory
+        _ties.add(tie)
+
     def bytes(self, offset: int, nbytes: int) -> memoryview:
         """Return a writable window of `nbytes` from `offset`; it holds the lease like a tensor does."""
         return memoryview(self._memory).cast("B")[offset : offset + nbytes]
@@ -84,6 +94,22 @@ class Lease:
         extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         flat = torch.frombuffer(self._memory, dtype=dtype, count=extent, offset=offset)
         return flat.as_strided(tuple(shape), tuple(stride))
+
+
+class _Tie(weakref.ref[object]):
+    """A weak reference to a holder, which keeps a lease's memory until the holder dies and `_ties` forgets it.
+
+    No `weakref.finalize`: that is Python, and a Ctrl-C that arrives as it begins makes it keep its arguments for ever
+    (tests/test_commit_faults.py). From the holder's death to `set.discard` everything here is C.
+    """
+
+    __slots__ = ("memory",)
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    memory: object
+
+
+_ties: set[_Tie] = set()
 
 
 class Arena:
