@@ -1,6 +1,16 @@
 """What leads where between Python objects, for the structural copy of a module.
 
-Rules this module keeps: objects are only looked at; every walk is bounded.
+Rules this module keeps:
+
+- Objects are only looked at. What leads to the rest of the process (imported modules, globals, threads) is not
+  followed; nor are slots, which have nothing to do with one version.
+- A walk that has met `MAX_OBJECTS` objects ends with an error. It never answers that something is not there.
+
+[Note: what is followed]
+`gc.get_referents` knows what an object of any kind holds: attributes, slots, items of containers of any class, the
+factory of a defaultdict, arguments of partials, caches. Functions are followed into closures, defaults and attributes;
+classes made inside functions into what they hold, because they may close over anything; arrays of objects into these.
+Plain numbers and strings are neither followed nor counted, nor is what holds only such, so vocabularies are cheap.
 """
 
 from __future__ import annotations
@@ -10,42 +20,56 @@ import functools
 import gc
 import inspect
 import logging
+import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
+from hotglm.weights.workers import yield_gil_when_due
+
 __all__ = [
+    "MAX_OBJECTS",
+    "TooManyObjectsError",
     "copies_itself",
-    "find_captured",
     "has_plain_state",
     "is_array",
     "is_inert",
-    "iterate_items",
-    "name_tensor",
+    "is_local_class",
+    "is_proxy",
+    "is_slot",
+    "leads_nowhere",
     "reaches",
+    "walk",
     "why_uncopyable",
 ]
 
+MAX_OBJECTS = 500_000
+"""How many objects that lead on one walk may meet."""
 
-_IGNORED = (type, types.ModuleType, types.FrameType, threading.Thread, logging.Logger)
+_PROCESS = (types.ModuleType, types.FrameType, types.CodeType, threading.Thread, logging.Logger)
 """What leads to the rest of the process."""
 
 _WEAK_CONTAINERS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, types.NoneType, torch.dtype})
+_CONTAINERS = frozenset({dict, collections.OrderedDict, list, set})
+_CONSTRUCTORS = frozenset({"__init__", "__new__"})
+_LARGE = 64
+_YIELD_EVERY = 512
+
+
+class TooManyObjectsError(Exception):
+    """A walk met more objects than it may."""
 
 
 def is_array(value: object) -> TypeGuard[Any]:
     """Whether `value` is a numpy array of numbers; does not import numpy."""
-    kind = getattr(getattr(value, "dtype", None), "kind", "")
-    return type(value).__module__ == "numpy" and hasattr(value, "__array_interface__") and kind in "biufc"
-
-
-_ATOMS = frozenset({bool, int, float, complex, str, bytes, types.NoneType, torch.dtype})
-_CONTAINERS = frozenset({dict, collections.OrderedDict, list, set})
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biufcV"
 
 
 def is_inert(value: object) -> bool:
@@ -54,31 +78,24 @@ def is_inert(value: object) -> bool:
     return kind in _ATOMS or (kind in _CONTAINERS and not value)
 
 
-def iterate_items(value: object, *, depth: int = 4) -> Iterator[object]:
-    """Yield `value` itself and, where it is a plain container, what is in it, down to `depth` containers."""
-    yield value
-    if depth and isinstance(value, (dict, list, tuple, set)):
-        for item in list(value.values() if isinstance(value, dict) else value):
-            yield from iterate_items(item, depth=depth - 1)
+def is_slot(value: object) -> bool:
+    """Whether `value` is a slot."""
+    return hasattr(type(value), "__hotglm_slot__")
+
+
+def is_proxy(value: object) -> bool:
+    """Whether `value` is a weak proxy; `isinstance` must not be asked of those, it looks at what they stand for."""
+    return type(value) in weakref.ProxyTypes
+
+
+def is_local_class(value: object) -> bool:
+    """Whether `value` is a class that was made inside a function."""
+    return isinstance(value, type) and "<locals>" in value.__qualname__
 
 
 def copies_itself(value: object) -> bool:
     """Whether a hook knows how to follow its module into a copy (torch's own wrapper of a hook and its module does)."""
     return "__getstate__" in vars(type(value)) or hasattr(value, "__deepcopy__")
-
-
-def find_captured(function: object, *, depth: int = 4) -> Iterator[object]:
-    """Yield what a function brings along: the contents of its closure, functions in it included, and its defaults."""
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:  # an empty cell: a name that was never bound
-            continue
-        yield content
-        if inspect.isfunction(content) and depth:
-            yield from find_captured(content, depth=depth - 1)
-    yield from getattr(function, "__defaults__", None) or ()
-    yield from (getattr(function, "__kwdefaults__", None) or {}).values()
 
 
 def has_plain_state(cls: type[nn.Module]) -> bool:
@@ -92,40 +109,95 @@ def has_plain_state(cls: type[nn.Module]) -> bool:
     return False
 
 
-def reaches(value: object, wanted: Callable[[object], bool], *, limit: int = 2000) -> bool:
-    """Whether one of the first `limit` objects reachable from `value` is wanted."""
-    seen: set[int] = set()
-    todo: list[object] = [value]
-    while todo and len(seen) < limit:
-        item = todo.pop()
-        if id(item) in seen or isinstance(item, _IGNORED) or hasattr(type(item), "__hotglm_slot__"):
-            continue  # a slot, too, has nothing to do with one version
-        seen.add(id(item))
-        if wanted(item):
+def leads_nowhere(item: object) -> bool:
+    """Whether a walk stops at `item` whatever it looks for; see the rules above."""
+    return is_slot(item) or isinstance(item, _PROCESS) or (isinstance(item, type) and not is_local_class(item))
+
+
+def walk(
+    value: object,
+    *,
+    is_end: Callable[[object], bool] = leads_nowhere,
+    seen: dict[int, object] | None = None,
+    limit: int | None = None,
+) -> Iterator[tuple[object, Callable[..., Any] | None]]:
+    """Yield `value` and everything that can be reached from it, each with the function it was found in, if any.
+
+    Args:
+        value: where to begin.
+        is_end: asked about an object after it was yielded; true means that what it holds is not looked at.
+        seen: objects by their id that are neither yielded nor followed again; those met are added.
+        limit: how many objects that hold others may be met; None means `MAX_OBJECTS`.
+
+    Raises:
+        TooManyObjectsError: there are more; whatever has not been yielded yet may be anywhere.
+    """
+    seen = {} if seen is None else seen
+    room = MAX_OBJECTS if limit is None else limit
+    todo: list[tuple[object, Callable[..., Any] | None]] = [(value, None)]
+    num_looked_at = 0
+    while todo:
+        item, function = todo.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item
+        num_looked_at += 1
+        if num_looked_at % _YIELD_EVERY == 0:
+            yield_gil_when_due()
+        yield item, function
+        if is_proxy(item) or is_end(item):
+            continue
+        found = _find_referents(item)
+        if not found or (len(found) > _LARGE and _ATOMS.issuperset(map(type, found))):
+            continue
+        inside = item if inspect.isfunction(item) else function
+        before = len(todo)
+        todo.extend((other, inside) for other in found if type(other) not in _ATOMS)
+        room -= len(todo) > before
+        if room < 0:
+            raise TooManyObjectsError
+
+
+def _find_referents(item: object) -> list[Any]:
+    if inspect.isfunction(item):  # not its globals: they lead to everything its file has imported or made
+        return [item.__closure__, item.__defaults__, item.__kwdefaults__, vars(item)]
+    if isinstance(item, type):
+        return [*(vars(item)[name] for name in vars(item).keys() - _CONSTRUCTORS), *item.__bases__]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(item, numpy.ndarray):
+        return list(item.flat) if item.dtype.hasobject else []
+    return gc.get_referents(item)
+
+
+def reaches(value: object, wanted: Callable[[object], bool], *, known: dict[int, object] | None = None) -> bool:
+    """Whether something wanted is reachable from `value`; true also where there is too much to tell.
+
+    Args:
+        value: where to begin.
+        wanted: the question.
+        known: objects by id from which nothing wanted can be reached; what is found out is added.
+    """
+    seen = {} if known is None else dict(known)
+    try:
+        if any(wanted(item) for item, _ in walk(value, seen=seen)):
             return True
-        # Not a function's globals: they lead to everything its file has imported or made.
-        todo.extend(find_captured(item) if inspect.isfunction(item) else gc.get_referents(item))
+    except TooManyObjectsError:
+        return True
+    if known is not None:
+        known.update(seen)
     return False
-
-
-def name_tensor(path: str, owner: nn.Module, tensor: torch.Tensor) -> str:
-    """Return the full name of the attribute of `owner`, at `path`, that is or holds `tensor`."""
-    prefix = f"{path}." if path else ""
-    for name, value in list(vars(owner).items()):
-        if value is tensor:
-            return prefix + name
-    for name, value in list(vars(owner).items()):
-        if name not in ("_modules", "_parameters", "_buffers") and reaches(value, lambda item: item is tensor):
-            return f"{prefix}{name}"
-    return f"{prefix}<inside {type(owner).__name__}>"
 
 
 def why_uncopyable(item: object, is_inside: Callable[[object], bool]) -> str | None:
     """Return what keeps `item` from following its module into a copy; `is_inside` knows the module's parts."""
     if isinstance(item, (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch._C.ScriptMethod)):
         return "it is TorchScript, whose tensors are fixed"
-    if isinstance(item, _WEAK_CONTAINERS) and any(map(is_inside, [*item, *getattr(item, "values", list)()])):
+    if isinstance(item, _WEAK_CONTAINERS) and any(map(is_inside, _list_weak(item))):
         return f"a {type(item).__name__} goes on referring to the parts of the module it was made for"
     if isinstance(item, functools._lru_cache_wrapper) and reaches(item, is_inside):
         return "its cache is bound to this module and would be shared by all versions"
     return None
+
+
+def _list_weak(item: Any) -> Iterable[object]:
+    return [*item, *getattr(item, "values", list)()]
