@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -32,41 +32,8 @@ from hotglm.events import (
     SupersededEvent,
 )
 from hotglm.slot.generation import State
-from support.universal import Chain, make_state
-
-X = torch.arange(8.0)
-
-
-def make(number: int = 0) -> Chain:
-    chain = Chain()
-    chain.load_state_dict(make_state(number))
-    return chain
-
-
-def answer(number: int) -> torch.Tensor:
-    return cast("torch.Tensor", make(number)(X))
-
-
-@pytest.fixture
-def slot() -> hotglm.ModuleSlot:
-    memory = hotglm.MemoryPolicy(small_nbytes=0, drain_timeout_s=0.01)
-    return hotglm.ModuleSlot(make(), name="chain", version="1.0.0", memory=memory)
-
-
-@pytest.fixture
-def heard(slot: hotglm.ModuleSlot) -> list[Event]:
-    events: list[Event] = []
-    slot.subscribe(events.append)
-    return events
-
-
-def kinds(events: list[Event]) -> list[type[Event]]:
-    return [type(event) for event in events]
-
-
-def stage(slot: hotglm.ModuleSlot, number: int, **options: Any) -> hotglm.Staged:
-    return slot.stage(make_state(number), version=f"1.0.{number}", **options)
-
+from support.chain_slot import X, answer, heard, kinds, make, slot, stage  # noqa: F401 - fixtures are used by name
+from support.universal import make_state
 
 # -- events and receipts -----------------------------------------------------------------------------------------------
 
@@ -260,6 +227,7 @@ KEPT: dict[str, tuple[Callable[[hotglm.ModuleSlot], object], tuple[str, ...]]] =
     "generation": (lambda slot: slot.live, ("eneration", "Keeper")),
     "entry of a dict": (lambda slot: {"a cache": slot.live.module}, ("Gate", "a cache")),
 }
+
 
 @pytest.mark.parametrize("name", KEPT)
 def test_whatever_is_kept_is_named_with_its_keeper(gate: hotglm.ModuleSlot, name: str) -> None:

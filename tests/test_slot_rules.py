@@ -124,7 +124,7 @@ def test_the_mode_set_while_a_stage_waits_is_kept() -> None:
 def test_checks_given_by_an_iterator_run_every_time() -> None:
     """A policy made from iterators proves the second update like the first; what is no check is refused at once."""
     checks: Iterator[Any] = (check for check in [lambda module: False])
-    slot = make_slot(policy=hotglm.StagePolicy(checks=checks))
+    slot = make_slot(policy=hotglm.StagePolicy(checks=checks))  # type: ignore[arg-type]
     before = slot(X)
     for _ in range(2):
         with pytest.raises(hotglm.CallableCheckError):
@@ -132,7 +132,7 @@ def test_checks_given_by_an_iterator_run_every_time() -> None:
     assert torch.equal(slot(X), before)
     for wrong in ({"checks": (3,)}, {"goldens": (3,)}, {"warm_up": torch.ones(1)}, {"timeout_s": float("nan")}):
         with pytest.raises(hotglm.ArgumentError):
-            hotglm.StagePolicy(**wrong)  # type: ignore[arg-type]
+            hotglm.StagePolicy(**wrong)
     with pytest.raises(hotglm.ArgumentError):
         hotglm.Golden(inputs=X, outputs=X, rtol=-1)
 

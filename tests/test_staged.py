@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
-import torch
 
 import hotglm
 from hotglm.errors import (
@@ -30,47 +29,15 @@ from hotglm.events import (
     SupersededEvent,
 )
 from hotglm.slot.generation import State
+from support.chain_slot import X, answer, heard, kinds, make, slot, stage  # noqa: F401 - fixtures are used by name
 from support.faulty_seam import hooked, only_nth, pause
-from support.universal import Chain, World, make_state, universal
-
-X = torch.arange(8.0)
+from support.universal import World, make_state, universal
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with World(tmp_path_factory.mktemp("staged")) as made:
         yield made
-
-
-def make(number: int = 0) -> Chain:
-    chain = Chain()
-    chain.load_state_dict(make_state(number))
-    return chain
-
-
-def answer(number: int) -> torch.Tensor:
-    return cast("torch.Tensor", make(number)(X))
-
-
-@pytest.fixture
-def slot() -> hotglm.ModuleSlot:
-    memory = hotglm.MemoryPolicy(small_nbytes=0, drain_timeout_s=0.01)
-    return hotglm.ModuleSlot(make(), name="chain", version="1.0.0", memory=memory)
-
-
-@pytest.fixture
-def heard(slot: hotglm.ModuleSlot) -> list[Event]:
-    events: list[Event] = []
-    slot.subscribe(events.append)
-    return events
-
-
-def kinds(events: list[Event]) -> list[type[Event]]:
-    return [type(event) for event in events]
-
-
-def stage(slot: hotglm.ModuleSlot, number: int, **options: Any) -> hotglm.Staged:
-    return slot.stage(make_state(number), version=f"1.0.{number}", **options)
 
 
 # -- one stage, one end ------------------------------------------------------------------------------------------------

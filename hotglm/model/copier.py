@@ -37,6 +37,7 @@ from hotglm.model.references import (
     reaches,
     why_uncopyable,
 )
+from hotglm.problem import describe_exception
 from hotglm.weights.arena import Lease
 from hotglm.weights.layout import Layout
 from hotglm.weights.workers import yield_gil_when_due
@@ -194,7 +195,9 @@ class Copier(TorchFunctionMode):
                 raise ChangedWhileCopiedError(f"module {shorten_repr(path or type(module).__name__)}") from failure
             raise
         except _SHAREABLE_FAILURES as failure:
-            self._refuse(path, type(module).__name__, f"its class copies itself and failed: {describe_exception(failure)}")
+            self._refuse(
+                path, type(module).__name__, f"its class copies itself and failed: {describe_exception(failure)}"
+            )
             self._remember(module, module)
 
     def _copy_attribute(self, path: str, name: str, value: object) -> object:
@@ -204,7 +207,9 @@ class Copier(TorchFunctionMode):
             # Locks, clients, loggers, handles: nothing about them depends on the weights, so both generations share
             # them, unless they lead back into the module or to tensors that may have been computed from it.
             if self._leads_inside(value):
-                self._refuse(path, name, f"it cannot be copied ({describe_exception(failure)}) and leads back into the module")
+                self._refuse(
+                    path, name, f"it cannot be copied ({describe_exception(failure)}) and leads back into the module"
+                )
             reaches(value, self._judge_shared)
             return value
 

@@ -1,19 +1,23 @@
-"""Where the tensors of a module lie in memory, and where they go in an arena.
+"""Where the tensors of a module lie in memory, where they go in an arena, and what else lies in that memory.
 
 Rules this module keeps: only metadata is read; the arithmetic on addresses is `weights/layout.py`'s.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import nn
 
-from hotglm.model.inspection import StateEntry
+from hotglm.model.inspection import StateEntry, find_state
+from hotglm.model.references import is_array, is_proxy
 from hotglm.weights.arena import ALIGNMENT
 from hotglm.weights.layout import Extent, Layout, plan_layout
 
-__all__ = ["extent_nbytes", "lay_out", "overlaps_itself"]
+__all__ = ["Parts", "extent_nbytes", "lay_out", "overlaps_itself"]
 
 
 def extent_nbytes(tensor: torch.Tensor) -> int:
@@ -46,3 +50,49 @@ def lay_out(entries: Iterable[StateEntry]) -> Layout:
             )
         )
     return plan_layout(extents, alignment=ALIGNMENT)
+
+
+class Parts:
+    """What belongs to a module: its submodules and registered tensors, what overlaps these, and weak references to all.
+
+    Attributes:
+        references: every weak reference or proxy to a part, with that part.
+    """
+
+    def __init__(self, root: nn.Module, layout: Layout) -> None:
+        """Note the parts of `root` as they are now; keeps all of them alive."""
+        self._layout = layout
+        self._modules = list(root.modules())
+        self._tensors = [entry.tensor for entry in find_state(root)]
+        parts: list[object] = [*self._modules, *self._tensors]
+        self._ids = {id(part) for part in parts}
+        self.references = [(reference, part) for part in parts for reference in weakref.getweakrefs(part)]
+        self._reference_ids = {id(reference) for reference, _ in self.references}
+
+    def has(self, value: object) -> bool:
+        """Whether `value` is a part, lies in the memory of one, or refers to one weakly."""
+        if id(value) in self._ids or id(value) in self._reference_ids:
+            return True
+        if is_proxy(value):
+            return False
+        if isinstance(value, torch.Tensor):
+            return self.find_offset(value) is not None
+        return is_array(value) and self._layout.find_offset(*_find_array_extent(value)) is not None
+
+    def find_offset(self, tensor: torch.Tensor) -> int | None:
+        """Return where the bytes of `tensor` go in the arena, or None if they are not those of a part."""
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_meta:
+            return None
+        if overlaps_itself(tensor):
+            return None
+        return self._layout.find_offset(tensor.data_ptr(), extent_nbytes(tensor))
+
+
+def _find_array_extent(array: Any) -> tuple[int, int]:
+    """Return the lowest address of a numpy array's elements, and the bytes to the end of the highest."""
+    if not array.size:
+        return 0, 0
+    reach = [(size - 1) * step for size, step in zip(array.shape, array.strides, strict=True)]
+    below = sum(step for step in reach if step < 0)
+    above = sum(step for step in reach if step > 0)
+    return array.__array_interface__["data"][0] + below, above - below + array.itemsize

@@ -177,14 +177,14 @@ def reaches(value: object, wanted: Callable[[object], bool], *, known: dict[int,
         wanted: the question.
         known: objects by id from which nothing wanted can be reached; what is found out is added.
     """
-    seen = {} if known is None else dict(known)
+    known = {} if known is None else known
+    seen: dict[int, object] = {}
     try:
-        if any(wanted(item) for item, _ in walk(value, seen=seen)):
+        if any(wanted(item) for item, _ in walk(value, seen=seen, is_end=lambda o: id(o) in known or leads_nowhere(o))):
             return True
     except TooManyObjectsError:
         return True
-    if known is not None:
-        known.update(seen)
+    known.update(seen)
     return False
 
 
