@@ -11,7 +11,6 @@ same length in which nobody updates anything. The peer reloads in the serving th
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from dataclasses import asdict

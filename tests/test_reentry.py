@@ -303,11 +303,6 @@ class FinaliserInStage(Seam):
         super().start_thread(thread)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=TimeoutError,
-    reason="a finaliser in one of the stage's own threads waits for the turn, whose holder waits for that thread",
-)
 def test_a_finaliser_in_the_stages_own_thread_may_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """F20: a finaliser that asks for a stage in a thread that a stage of its slot waits for is refused, not stuck."""
     slot = hotglm.ModuleSlot(Oracle(OLD), name="oracle", version=name_version(OLD), policy=LEAN)

@@ -6,38 +6,46 @@ Rules this module keeps: see `model/twin.py`; here is how they are kept.
 `copy.deepcopy` of a tensor is a torch function, so a `TorchFunctionMode`, which is local to the thread, sees every
 tensor the copier reaches, however deep in lists, dicts or objects. One that overlaps registered state becomes the
 same view of the spare. Any other is cloned if it may be carried over (`model/derived.py`), and refused if not.
+
+[Note: what deepcopy does not do]
+Before an attribute is copied, what `deepcopy` would copy and should not (slots, generators of random numbers, objects
+of somebody else) is entered into its memo. After all are copied, what came along uncopied (functions and what they have
+captured, caches, objects that cannot be copied) is found in the result (`model/verification.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from hotglm.errors import Problem, StaleStateError, UncopyableError, shorten_repr
-from hotglm.model.derived import Marks, find_refreshed_names, may_carry_over
-from hotglm.model.extents import extent_nbytes, overlaps_itself
+from hotglm.errors import shorten_repr
+from hotglm.model.derived import Marks
+from hotglm.model.extents import Parts, overlaps_itself
+from hotglm.model.findings import Findings
 from hotglm.model.inspection import StateEntry, find_state
 from hotglm.model.references import (
+    TooManyObjectsError,
     copies_itself,
-    find_captured,
     has_plain_state,
+    is_a,
     is_array,
     is_inert,
-    iterate_items,
-    name_tensor,
+    is_slot,
+    leads_nowhere,
     reaches,
+    walk,
     why_uncopyable,
 )
-from hotglm.problem import describe_exception
+from hotglm.model.verification import TOO_LARGE, Place, Verifier
 from hotglm.weights.arena import Lease
 from hotglm.weights.layout import Layout
 from hotglm.weights.workers import yield_gil_when_due
@@ -46,6 +54,10 @@ __all__ = ["ChangedWhileCopiedError", "Copier", "Twin"]
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor of C
 _SHAREABLE_FAILURES = (TypeError, NotImplementedError, RecursionError)
+_REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+_INSIDE = "<inside>"
+_NOT_CARRIED = frozenset({"_compiled_call_impl"})  # compiled for one generation; the next one runs eagerly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,28 +81,6 @@ class ChangedWhileCopiedError(Exception):
     """A container of the serving module changed size while it was walked."""
 
 
-@dataclass(slots=True)
-class _Findings:
-    stale: list[Problem] = field(default_factory=list)
-    uncopyable: list[Problem] = field(default_factory=list)
-    carried: list[str] = field(default_factory=list)
-
-    def raise_if_any(self) -> None:
-        if self.stale:
-            raise StaleStateError(
-                "Expected all derived state to be declared, got some that would keep its old value after a swap.",
-                problems=[*self.stale, *self.uncopyable],
-                remedy="recompute it in a method marked @hotglm.refresh(<attribute>), make it a persistent buffer, "
-                "or vouch for it with ModuleSlot(..., constants=[<pattern>]).",
-            )
-        if self.uncopyable:
-            raise UncopyableError(
-                "Expected a module that can be copied structurally.",
-                problems=self.uncopyable,
-                remedy="make the named attributes or hooks refer to `self` instead of to captured modules or tensors.",
-            )
-
-
 class Copier(TorchFunctionMode):
     """One copy of one module. As a function mode it answers for the tensors that `deepcopy` reaches."""
 
@@ -107,15 +97,18 @@ class Copier(TorchFunctionMode):
         self._root = root
         self._layout = layout
         self._lease = lease
-        self._constants = constants
         self._marks = marks
         self.loose: list[torch.Tensor] = []  # of the module that is copied: neither weights nor views of them
-        self._findings = _Findings()
+        self._findings = Findings(constants=constants)
+        self._parts = Parts(root, layout)
         self._memo: dict[int, Any] = {}
         self._keep: list[object] = []  # what the memo names by id must not die and lend its id to another object
         self._views: dict[str, torch.Tensor] = {}
-        self._tree: dict[int, str] = {}
-        self._where: tuple[str, nn.Module] = ("", root)
+        self._place = Place(path="", name="", owner=root)
+        self._copied: list[tuple[Place, object, str]] = []  # attributes of the copy, and why they are shared, if so
+        self._prepared: dict[int, object] = {}
+        self._refused: dict[int, object] = {}
+        self._outside: dict[int, object] = {}
 
     def copy(self) -> Twin:
         """Return the copy; see `twin.copy_module` for what it raises."""
@@ -124,7 +117,6 @@ class Copier(TorchFunctionMode):
         with torch.inference_mode(mode=False), torch.no_grad():
             self._map_state()
             modules = list(self._root.named_modules())
-            self._tree = {id(module): path for path, module in modules}
             for _, module in modules:
                 if has_plain_state(type(module)):  # empty for now, so that children can refer to their parents
                     self._remember(module, module.__new__(type(module)))
@@ -133,10 +125,12 @@ class Copier(TorchFunctionMode):
                 for path, module in reversed(modules):  # children come after parents in named_modules
                     self._copy_one(path, module)
                     yield_gil_when_due()
+                self._copy_attributes_of_tensors()
+            self._verify(modules)
             self._findings.raise_if_any()
             twin = self._memo[id(self._root)]
             loose = tuple(self._memo[id(tensor)] for tensor in self.loose)
-            return Twin(module=twin, views=self._views, carried=tuple(self._findings.carried), loose=loose)
+            return Twin(module=twin, views=self._views, carried=self._findings.carried, loose=loose)
 
     # -- registered state ----------------------------------------------------------------------------------------------
 
@@ -148,7 +142,7 @@ class Copier(TorchFunctionMode):
             self._views[entry.name] = known.detach()
             if not entry.persistent:
                 self.loose.append(entry.tensor)
-                self._judge(entry.name, entry.tensor, owner=entry.owner, marks=self._marks)
+                self._findings.judge(entry.name, entry.tensor, owner=entry.owner, marks=self._marks, is_buffer=True)
 
     def _map_tensor(self, entry: StateEntry) -> torch.Tensor:
         source = entry.tensor
@@ -159,10 +153,21 @@ class Copier(TorchFunctionMode):
             view.requires_grad_(source.requires_grad)
         self._remember(source, view)
         if source._backward_hooks or getattr(source, "_post_accumulate_grad_hooks", None):
-            self._refuse("", entry.name, "it has hooks of its own (register_hook), which torch does not copy")
-        for name, value in list(vars(source).items()) if hasattr(source, "__dict__") else ():
-            setattr(view, name, value)
+            why = "it has hooks of its own (register_hook), which torch does not copy"
+            self._findings.refuse("", entry.name, why)
         return view
+
+    def _copy_attributes_of_tensors(self) -> None:
+        """Copy what users have set on parameters and buffers; it may refer to any part of the module."""
+        done: set[int] = set()
+        for entry in find_state(self._root):
+            attributes = dict(vars(entry.tensor)) if id(entry.tensor) not in done else {}
+            done.add(id(entry.tensor))
+            path, _, leaf = entry.name.rpartition(".")
+            for name, value in attributes.items():
+                place = Place(path=path, name=f"{leaf}.{name}", owner=entry.owner)
+                self._prepare(place, value)
+                setattr(self._memo[id(entry.tensor)], name, self._copy_attribute(place, value))
 
     def _view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
         if self._lease is None:
@@ -174,44 +179,58 @@ class Copier(TorchFunctionMode):
         self._memo[id(source)] = result
         self._keep.append(source)
 
+    def _map_weakrefs(self) -> None:
+        """Enter every weak reference to a part of the module, wherever the copy will meet it."""
+        for reference, part in self._parts.references:
+            twin = self._memo.get(id(part))
+            if twin is None:  # a module that copies itself
+                continue
+            if type(reference) in weakref.ProxyTypes:
+                self._remember(reference, weakref.proxy(twin))
+            elif type(reference) is weakref.ref:
+                self._remember(reference, weakref.ref(twin))
+            elif is_a(reference, weakref.WeakMethod) and (method := reference()) is not None:
+                self._remember(reference, weakref.WeakMethod(types.MethodType(method.__func__, twin)))
+
     # -- modules and their attributes ----------------------------------------------------------------------------------
 
     def _copy_one(self, path: str, module: nn.Module) -> None:
         twin = self._memo.get(id(module))
         if twin is not None and not has_plain_state(type(module)):  # copied already, by way of another attribute
             return
-        self._where = (path, module)
-        snapshot = dict(vars(module))
-        self._map_references(path, snapshot)
+        attributes = {name: value for name, value in list(vars(module).items()) if name not in _NOT_CARRIED}
+        places = {name: Place(path=path, name=name, owner=module) for name in attributes}
+        for name, value in attributes.items():
+            self._prepare(places[name], value)
         try:
-            if twin is not None:
-                snapshot.pop("_compiled_call_impl", None)
-                for name, value in snapshot.items():
-                    vars(twin)[name] = self._copy_attribute(path, name, value)
-            else:
+            if twin is None:
+                self._place = Place(path=path, name=_INSIDE, owner=module)
                 self._remember(module, copy.deepcopy(module, self._memo))
+            else:
+                for name, value in attributes.items():
+                    vars(twin)[name] = self._copy_attribute(places[name], value)
         except RuntimeError as failure:
             if "changed size" in str(failure) or "mutated" in str(failure):
                 raise ChangedWhileCopiedError(f"module {shorten_repr(path or type(module).__name__)}") from failure
             raise
         except _SHAREABLE_FAILURES as failure:
-            self._refuse(
-                path, type(module).__name__, f"its class copies itself and failed: {describe_exception(failure)}"
-            )
+            why = f"its class copies itself and failed: {failure}"
+            self._findings.refuse(path, type(module).__name__, why)
             self._remember(module, module)
 
-    def _copy_attribute(self, path: str, name: str, value: object) -> object:
+    def _copy_attribute(self, place: Place, value: object) -> object:
+        if is_inert(value):
+            return self._copy_inert(value)
+        self._place, why = place, ""
         try:
-            return self._copy_inert(value) if is_inert(value) else copy.deepcopy(value, self._memo)
+            result = copy.deepcopy(value, self._memo)
         except _SHAREABLE_FAILURES as failure:
             # Locks, clients, loggers, handles: nothing about them depends on the weights, so both generations share
             # them, unless they lead back into the module or to tensors that may have been computed from it.
-            if self._leads_inside(value):
-                self._refuse(
-                    path, name, f"it cannot be copied ({describe_exception(failure)}) and leads back into the module"
-                )
-            reaches(value, self._judge_shared)
-            return value
+            result, why = value, f"it cannot be copied ({failure}) and leads back into the module"
+        if place.name not in _REGISTERED:
+            self._copied.append((place, result, why))
+        return result
 
     def _copy_inert(self, value: object) -> object:
         """Copy as `deepcopy` does, without its machinery: a module has some 15 empty hook dictionaries and numbers."""
@@ -221,75 +240,82 @@ class Copier(TorchFunctionMode):
             self._remember(value, type(value)())
         return self._memo[id(value)]
 
-    def _judge_shared(self, value: object) -> bool:
-        if isinstance(value, torch.Tensor) and not self._is_inside(value):
-            self._copy_tensor(value, self._memo)
-        return False
+    # -- what deepcopy would copy and should not -----------------------------------------------------------------------
 
-    def _map_references(self, path: str, attributes: Mapping[str, object]) -> None:
-        """Enter into the memo what `deepcopy` would treat wrongly, or not see: hooks, generators, foreign owners."""
-        for name, value in attributes.items():
-            if is_inert(value) or name in ("_parameters", "_buffers"):  # registered state is in the memo already
-                continue
-            is_hooks = name.endswith("_hooks") and isinstance(value, dict)
-            for item in iterate_items(value):
-                if inspect.isfunction(item):
-                    self._judge_function(path, name, item, is_hook=is_hooks)
-                elif why := why_uncopyable(item, self._is_inside):
-                    self._refuse(path, name, why)
-                elif is_array(item):
-                    self._judge_array(path, name, torch.from_numpy(item))
-                elif self._is_shared(item) or (is_hooks and item is not value and self._is_stateful_hook(item)):
+    def _prepare(self, place: Place, value: object) -> None:
+        """Enter into the memo what `deepcopy` would treat wrongly: hooks, generators, foreign owners, slots."""
+        if is_inert(value) or place.name in _REGISTERED:
+            return
+        if place.name in _HOOKS and isinstance(value, dict):
+            self._share_stateful_hooks(value)
+        try:
+            for item, _ in walk(value, seen=self._prepared, is_end=self._is_not_copied):
+                if id(item) in self._memo:
+                    continue
+                if why := why_uncopyable(item, self._parts.has):
+                    self._findings.refuse(place.path, place.name, why)
+                    self._refused[id(item)] = item
                     self._remember(item, item)
+                elif is_array(item) and not self._parts.has(item):
+                    self._findings.judge_array(place.full_name, item, owner=place.owner)
+                elif is_array(item) or self._is_shared(item):
+                    self._remember(item, item)
+        except TooManyObjectsError:
+            self._findings.refuse(place.path, place.name, TOO_LARGE)
+
+    def _share_stateful_hooks(self, hooks: dict[Any, object]) -> None:
+        for hook in list(hooks.values()):
+            if isinstance(hook, (types.FunctionType, types.MethodType)) or is_inert(hook) or copies_itself(hook):
+                continue
+            if not self._leads_inside(hook):
+                self._remember(hook, hook)  # it goes on with the state it has
+
+    def _is_not_copied(self, item: object) -> bool:
+        if id(item) in self._memo or leads_nowhere(item) or is_a(item, torch.Tensor) or is_a(item, type):
+            return True
+        return is_a(item, types.FunctionType) or (is_a(item, nn.Module) and self._parts.has(item))
 
     def _is_shared(self, item: object) -> bool:
-        if isinstance(item, types.MethodType):
-            return id(item.__self__) not in self._tree  # a method of somebody else's object stays that object's
-        return isinstance(item, torch.Generator)  # a stream of random numbers goes on
-
-    def _is_stateful_hook(self, item: object) -> bool:
-        return not copies_itself(item) and not self._leads_inside(item)  # it goes on with the state it has
+        if is_a(item, types.MethodType):  # a method of somebody else's object stays that object's
+            return not self._leads_inside(item.__self__)
+        return is_a(item, torch.Generator) or is_slot(item)  # a stream of random numbers goes on
 
     def _leads_inside(self, value: object) -> bool:
-        return reaches(value, self._is_inside)
+        return reaches(value, self._parts.has, known=self._outside)
 
-    def _map_weakrefs(self) -> None:
-        """Enter every weak reference to a part of the module, wherever the copy will meet it."""
-        for source in list(self._keep):
-            twin = self._memo[id(source)]
-            for reference in weakref.getweakrefs(source):
-                is_proxy = isinstance(reference, weakref.ProxyTypes)
-                self._remember(reference, weakref.proxy(twin) if is_proxy else weakref.ref(twin))
+    # -- what deepcopy has not copied ----------------------------------------------------------------------------------
 
-    def _judge_array(self, path: str, name: str, array: torch.Tensor) -> None:
-        if self._find_overlap(array) is not None:
-            self._refuse(path, name, "it is a numpy array over a weight, and arrays do not follow into a copy")
-        else:
-            self._judge(f"{path}.{name}" if path else name, array, owner=self._where[1], marks=None)
+    def _verify(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        """Look for what came along uncopied, in every attribute of the copy."""
+        kinds = (nn.Module, torch.Tensor)
+        made = [item for item in self._memo.values() if is_a(item, kinds) or is_array(item)]
+        old = {id(module) for _, module in modules}
+        verifier = Verifier(
+            parts=self._parts,
+            findings=self._findings,
+            made=[item for item in made if id(item) not in old and not (is_array(item) and self._parts.has(item))],
+            foreign=self.loose,
+            known=self._refused,
+            judge=self._judge_shared,
+        )
+        for path, module in modules:
+            verifier.verify_classes(module, path)
+            twin = self._memo.get(id(module))
+            if not has_plain_state(type(module)) and twin is not None and twin is not module:
+                for name, value in list(vars(twin).items()):
+                    self._copied.append((Place(path=path, name=name, owner=module), value, ""))
+        for place, value, why in self._copied:
+            verifier.verify(value, place, is_code=place.name in _HOOKS, why=why)
+            yield_gil_when_due()
 
-    def _judge_function(self, path: str, name: str, function: Callable[..., object], *, is_hook: bool) -> None:
-        for captured in find_captured(function):
-            if self._leads_inside(captured):
-                label = getattr(function, "__qualname__", repr(function))
-                self._refuse(path, name, f"the function {label} has captured a part of the module it is attached to")
-                return
-            if not is_hook:  # a hook may keep statistics; what else a function brings along is taken for a cache
-                reaches(captured, self._judge_shared)
+    def _judge_shared(self, tensor: torch.Tensor, place: Place) -> None:
+        """Judge a tensor that both generations refer to, by way of a function or an object that cannot be copied."""
+        self._findings.judge(place.full_name, tensor, owner=place.owner, marks=self._marks)
+        if id(tensor) not in self._memo:
+            self.loose.append(tensor)
+            self._remember(tensor, tensor)
 
-    def _is_inside(self, value: object) -> bool:
-        if isinstance(value, nn.Module):
-            return id(value) in self._tree
-        if isinstance(value, torch.Tensor):
-            return id(value) in self._memo or self._find_overlap(value) is not None
-        return False
-
-    def _refuse(self, path: str, name: str, why: str) -> None:
-        where = f"{path}.{name}" if path else name
-        problem = Problem(code="UNCOPYABLE", message=f"Cannot carry over {shorten_repr(where)}: {why}")
-        if problem not in self._findings.uncopyable:
-            self._findings.uncopyable.append(problem)
-
-    # -- tensors that are not registered -----------------------------------------------------------------------------
+    # -- tensors that are not registered -------------------------------------------------------------------------------
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -304,35 +330,29 @@ class Copier(TorchFunctionMode):
         if id(tensor) in memo:
             known: torch.Tensor = memo[id(tensor)]
             return known
-        offset = self._find_overlap(tensor)
+        offset = self._parts.find_offset(tensor)
         if offset is not None:
             result = self._view(offset, tensor)
         else:
-            path, owner = self._where
             self.loose.append(tensor)
-            self._judge(name_tensor(path, owner, tensor), tensor, owner=owner, marks=self._marks)
-            result = tensor.detach().clone() if self._lease is not None else tensor
+            owner = self._place.owner
+            self._findings.judge(self._name_tensor(tensor), tensor, owner=owner, marks=self._marks)
+            result = tensor.detach() if self._lease is None else tensor.detach().clone()
         self._remember(tensor, result)
         return result
 
-    def _find_overlap(self, tensor: torch.Tensor) -> int | None:
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_meta:
-            return None
-        if overlaps_itself(tensor):
-            return None
-        return self._layout.find_offset(tensor.data_ptr(), extent_nbytes(tensor))
+    def _name_tensor(self, tensor: torch.Tensor) -> str:
+        """Return the full name of the attribute that is `tensor`, or else of the one that leads to it."""
+        place = self._place
+        attributes = list(vars(place.owner).items())
+        found = next((name for name, value in attributes if value is tensor), place.name)
+        if found == _INSIDE:
+            rest = ((name, value) for name, value in attributes if name not in _REGISTERED)
+            found = next((name for name, value in rest if _holds(value, tensor)), _INSIDE)
+        return replace(place, name=found).full_name
 
-    def _judge(self, name: str, tensor: torch.Tensor, *, owner: nn.Module, marks: Marks | None) -> None:
-        if may_carry_over(name, tensor, owner=owner, constants=self._constants, marks=marks):
-            if name.rpartition(".")[2] not in find_refreshed_names(owner):
-                self._findings.carried.append(name)
-            return
-        what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        self._findings.stale.append(
-            Problem(
-                code="STALE_STATE",
-                message=f"Expected a declaration for {shorten_repr(name)} ({what}), which no file carries and which "
-                f"{type(owner).__name__}, or a pass, may have computed from weights, got none",
-                tensor=name,
-            )
-        )
+
+def _holds(value: object, tensor: torch.Tensor) -> bool:
+    with contextlib.suppress(TooManyObjectsError):
+        return any(item is tensor for item, _ in walk(value, limit=2000))
+    return False

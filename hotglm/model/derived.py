@@ -5,13 +5,26 @@ in the file, so after a swap it must come from somewhere. Rules this module keep
 
 - A method marked with `refresh` recomputes what it names; it runs in the spare, after the weights are in and before
   warm-up, under `torch.no_grad`, once per module, children before parents.
-- What nobody declares is carried over only where it cannot depend on weights: in a module that holds no weights of
-  its own (a rotary embedding), or where it is an index or a mask (bool, int16, int32, int64). Everything else is
-  refused by
-  name (`StaleStateError`): a cache that is right only for the old weights gives wrong answers without any error.
+- What nobody declares is carried over only where its structure says that it does not depend on weights: in a module
+  that holds none itself or below (a rotary embedding), or where it is an index or a mask (`[Note: indices]`).
+  Everything else is refused by name (`StaleStateError`): a cache that is right only for the old weights gives wrong
+  answers without any error.
 - Even that is refused once passes have made or changed it since its generation was made: a cache of keys and values
   is no table. (A table that is built by the first pass has to be declared, too; the two look alike.)
 - `constants` are patterns (`fnmatch`) of full names that the user vouches for.
+
+[Note: indices]
+In a module with weights, an undeclared tensor is taken for an index or a mask if it is bool or int64, and is either a
+registered non-persistent buffer or a plain attribute of at most one dimension and 64 Ki elements. No format packs
+weights into these dtypes (int32 and int16 hold eight or four of them in GPTQ, AWQ and Marlin, int8 and uint8 one or
+two), so they are not taken for one wherever they stand. A non-persistent buffer belongs to the class's constructor,
+which runs before weights are loaded; a plain attribute is anybody's, and one with the shape of a weight may be a
+pruning mask.
+
+[Note: limits of the rule]
+Not seen: Python numbers and strings, and buffers without a dtype (bytes, `array.array`) that were computed from
+weights; a tensor that a parent computed from its weights and put on a child that holds none; a small bool or int64
+vector that was computed from weights (an order of neurons). Declare those, or make them persistent buffers.
 
 [Note: derived state]
 A view of a weight (`self.wt = self.weight.t()`) needs none of this: it is a view of the same weight in the spare, too
@@ -35,7 +48,8 @@ from hotglm.weights.digest import digest_tensor
 __all__ = ["Marks", "find_refreshed_names", "find_refreshers", "may_carry_over", "refresh", "run_refreshers"]
 
 _MARK = "__hotglm_refresh__"
-_INDEX_DTYPES = frozenset({torch.bool, torch.int16, torch.int32, torch.int64})
+_INDEX_DTYPES = frozenset({torch.bool, torch.int64})
+_MAX_INDICES = 1 << 16
 
 
 class Marks:
@@ -152,7 +166,13 @@ def run_refreshers(root: nn.Module) -> tuple[str, ...]:
 
 
 def may_carry_over(
-    name: str, tensor: torch.Tensor, *, owner: nn.Module, constants: Sequence[str], marks: Marks | None = None
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    owner: nn.Module,
+    constants: Sequence[str],
+    marks: Marks | None = None,
+    is_buffer: bool = False,
 ) -> bool:
     """Tell whether undeclared state may keep its value when the weights change (see the rules above).
 
@@ -162,6 +182,7 @@ def may_carry_over(
         owner: the module that holds it.
         constants: patterns the user vouches for.
         marks: what the module had when it was made; None where no pass has run in it yet.
+        is_buffer: whether it is registered as a non-persistent buffer.
     """
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in constants):
         return True
@@ -169,7 +190,12 @@ def may_carry_over(
         return True
     if marks is not None and not marks.is_unchanged(tensor):
         return False
-    return tensor.dtype in _INDEX_DTYPES or not _holds_weights(owner)
+    return _is_index(tensor, is_buffer=is_buffer) or not _holds_weights(owner)
+
+
+def _is_index(tensor: torch.Tensor, *, is_buffer: bool) -> bool:
+    is_small = tensor.dim() <= 1 and tensor.numel() <= _MAX_INDICES
+    return tensor.dtype in _INDEX_DTYPES and (is_buffer or is_small)
 
 
 def _holds_weights(module: nn.Module) -> bool:

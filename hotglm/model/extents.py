@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hotglm.model.inspection import StateEntry, find_state
-from hotglm.model.references import is_array, is_proxy
+from hotglm.model.references import is_a, is_array
 from hotglm.weights.arena import ALIGNMENT
 from hotglm.weights.layout import Extent, Layout, plan_layout
 
@@ -73,9 +73,7 @@ class Parts:
         """Whether `value` is a part, lies in the memory of one, or refers to one weakly."""
         if id(value) in self._ids or id(value) in self._reference_ids:
             return True
-        if is_proxy(value):
-            return False
-        if isinstance(value, torch.Tensor):
+        if is_a(value, torch.Tensor):
             return self.find_offset(value) is not None
         return is_array(value) and self._layout.find_offset(*_find_array_extent(value)) is not None
 

@@ -18,18 +18,19 @@ __all__ = ["Findings"]
 
 
 class Findings:
-    """The problems of one copy, and what it carries over.
-
-    Attributes:
-        carried: names of unregistered or non-persistent state that keeps the value it had.
-    """
+    """The problems of one copy, and what it carries over."""
 
     def __init__(self, *, constants: Sequence[str]) -> None:
         """Begin with nothing; `constants` are the patterns of names that the user vouches for."""
-        self.carried: list[str] = []
         self._constants = constants
+        self._carried: dict[str, None] = {}
         self._stale: dict[str, Problem] = {}
         self._uncopyable: dict[tuple[str, str], Problem] = {}
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Names of unregistered or non-persistent state that keeps the value it had."""
+        return tuple(self._carried)
 
     def judge(
         self, name: str, tensor: torch.Tensor, *, owner: nn.Module, marks: Marks | None, is_buffer: bool = False
@@ -38,15 +39,15 @@ class Findings:
         leaf = name.rpartition(".")[2]
         constants = self._constants
         if may_carry_over(name, tensor, owner=owner, constants=constants, marks=marks, is_buffer=is_buffer):
-            if name not in self.carried and leaf not in find_refreshed_names(owner):
-                self.carried.append(name)
+            if leaf not in find_refreshed_names(owner):
+                self._carried[name] = None
             return
         what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         message = (
             f"Expected a declaration for {shorten_repr(name)} ({what}), which no file carries and which "
             f"{type(owner).__name__}, or a pass, may have computed from weights, got none"
         )
-        self._stale.setdefault(name, Problem(code="STALE_STATE", message=message, tensor=name))
+        self._stale.setdefault(message, Problem(code="STALE_STATE", message=message, tensor=name))
 
     def judge_array(self, name: str, array: Any, *, owner: nn.Module) -> None:
         """Judge a numpy array as a tensor of its shape and dtype is judged."""

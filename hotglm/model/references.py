@@ -18,14 +18,13 @@ from __future__ import annotations
 import collections
 import functools
 import gc
-import inspect
 import logging
 import sys
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -37,10 +36,10 @@ __all__ = [
     "TooManyObjectsError",
     "copies_itself",
     "has_plain_state",
+    "is_a",
     "is_array",
     "is_inert",
     "is_local_class",
-    "is_proxy",
     "is_slot",
     "leads_nowhere",
     "reaches",
@@ -55,8 +54,11 @@ _PROCESS = (types.ModuleType, types.FrameType, types.CodeType, threading.Thread,
 """What leads to the rest of the process."""
 
 _WEAK_CONTAINERS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
+_SCRIPTS = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch._C.ScriptMethod)
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, types.NoneType, torch.dtype})
 _CONTAINERS = frozenset({dict, collections.OrderedDict, list, set})
+Kind = TypeVar("Kind")
+
 _CONSTRUCTORS = frozenset({"__init__", "__new__"})
 _LARGE = 64
 _YIELD_EVERY = 512
@@ -66,10 +68,15 @@ class TooManyObjectsError(Exception):
     """A walk met more objects than it may."""
 
 
+def is_a(value: object, kind: type[Kind] | tuple[type[Kind], ...]) -> TypeGuard[Kind]:
+    """Whether `value` is of that kind; does not ask `value` itself, as `isinstance` does, which proxies answer."""
+    return issubclass(type(value), kind)
+
+
 def is_array(value: object) -> TypeGuard[Any]:
     """Whether `value` is a numpy array of numbers; does not import numpy."""
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biufcV"
+    return numpy is not None and is_a(value, numpy.ndarray) and value.dtype.kind in "biufcV"
 
 
 def is_inert(value: object) -> bool:
@@ -83,14 +90,9 @@ def is_slot(value: object) -> bool:
     return hasattr(type(value), "__hotglm_slot__")
 
 
-def is_proxy(value: object) -> bool:
-    """Whether `value` is a weak proxy; `isinstance` must not be asked of those, it looks at what they stand for."""
-    return type(value) in weakref.ProxyTypes
-
-
-def is_local_class(value: object) -> bool:
+def is_local_class(value: object) -> TypeGuard[type]:
     """Whether `value` is a class that was made inside a function."""
-    return isinstance(value, type) and "<locals>" in value.__qualname__
+    return is_a(value, type) and "<locals>" in value.__qualname__
 
 
 def copies_itself(value: object) -> bool:
@@ -111,7 +113,7 @@ def has_plain_state(cls: type[nn.Module]) -> bool:
 
 def leads_nowhere(item: object) -> bool:
     """Whether a walk stops at `item` whatever it looks for; see the rules above."""
-    return is_slot(item) or isinstance(item, _PROCESS) or (isinstance(item, type) and not is_local_class(item))
+    return is_slot(item) or is_a(item, _PROCESS) or (is_a(item, type) and not is_local_class(item))
 
 
 def walk(
@@ -145,12 +147,12 @@ def walk(
         if num_looked_at % _YIELD_EVERY == 0:
             yield_gil_when_due()
         yield item, function
-        if is_proxy(item) or is_end(item):
+        if is_end(item):
             continue
         found = _find_referents(item)
         if not found or (len(found) > _LARGE and _ATOMS.issuperset(map(type, found))):
             continue
-        inside = item if inspect.isfunction(item) else function
+        inside = item if is_a(item, types.FunctionType) else function
         before = len(todo)
         todo.extend((other, inside) for other in found if type(other) not in _ATOMS)
         room -= len(todo) > before
@@ -159,12 +161,12 @@ def walk(
 
 
 def _find_referents(item: object) -> list[Any]:
-    if inspect.isfunction(item):  # not its globals: they lead to everything its file has imported or made
+    if is_a(item, types.FunctionType):  # not its globals: they lead to everything its file has imported or made
         return [item.__closure__, item.__defaults__, item.__kwdefaults__, vars(item)]
-    if isinstance(item, type):
+    if is_a(item, type):
         return [*(vars(item)[name] for name in vars(item).keys() - _CONSTRUCTORS), *item.__bases__]
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(item, numpy.ndarray):
+    if numpy is not None and is_a(item, numpy.ndarray):
         return list(item.flat) if item.dtype.hasobject else []
     return gc.get_referents(item)
 
@@ -190,11 +192,11 @@ def reaches(value: object, wanted: Callable[[object], bool], *, known: dict[int,
 
 def why_uncopyable(item: object, is_inside: Callable[[object], bool]) -> str | None:
     """Return what keeps `item` from following its module into a copy; `is_inside` knows the module's parts."""
-    if isinstance(item, (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch._C.ScriptMethod)):
+    if is_a(item, _SCRIPTS):
         return "it is TorchScript, whose tensors are fixed"
-    if isinstance(item, _WEAK_CONTAINERS) and any(map(is_inside, _list_weak(item))):
+    if is_a(item, _WEAK_CONTAINERS) and any(map(is_inside, _list_weak(item))):
         return f"a {type(item).__name__} goes on referring to the parts of the module it was made for"
-    if isinstance(item, functools._lru_cache_wrapper) and reaches(item, is_inside):
+    if is_a(item, functools._lru_cache_wrapper) and reaches(item, is_inside):
         return "its cache is bound to this module and would be shared by all versions"
     return None
 

@@ -37,7 +37,7 @@ from hotglm.slot.receipt import Progress
 from hotglm.slot.spare import Spares
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.staging import StageRequest, stage_version
-from hotglm.weights.workers import Cancellation, start_thread
+from hotglm.weights.workers import Cancellation, find_owner, start_thread
 
 __all__ = ["Stager", "clear_frames"]
 
@@ -120,7 +120,7 @@ class Stager:
         thread: threading.Thread | None = None
         try:
             work = functools.partial(self._work, todo, record, outcomes)
-            thread = start_thread(work, name=f"hotglm-stage-{self._name}")
+            thread = start_thread(work, name=f"hotglm-stage-{self._name}", owner=self)
             staged = self._wait(outcomes, request, progress)
         except BaseException as failure:
             todo.clear()
@@ -173,7 +173,7 @@ class Stager:
                 progress(outcome)
 
     def _verify_not_inside(self) -> None:
-        if threading.get_ident() in self._threads:
+        if threading.get_ident() in self._threads or find_owner() is self:
             error = ReentrantError(
                 "Expected an update from outside the slot's own staging, got one from inside it.",
                 remedy="let the check, refresh or progress callback return, and update afterwards.",

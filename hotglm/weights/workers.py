@@ -30,6 +30,7 @@ __all__ = [
     "Cancellation",
     "computing_alone",
     "count_cores",
+    "find_owner",
     "lower_priority",
     "run_tasks",
     "start_thread",
@@ -129,13 +130,27 @@ def _find_omp() -> Callable[[int], object] | None:
 _omp = _find_omp()
 
 
-def start_thread(target: Callable[[], None], *, name: str) -> threading.Thread:
-    """Start a daemon thread.
+class Worker(threading.Thread):
+    """A daemon thread that knows for whom it works; a thread that it starts works for the same."""
+
+    def __init__(self, target: Callable[[], None], *, name: str, owner: object | None) -> None:
+        """Take what to run; `owner` is that of the calling thread where it is None."""
+        super().__init__(target=target, name=name, daemon=True)
+        self.owner = owner if owner is not None else find_owner()
+
+
+def find_owner() -> object | None:
+    """Return for whom the calling thread works, None for a thread that is not ours."""
+    return getattr(threading.current_thread(), "owner", None)
+
+
+def start_thread(target: Callable[[], None], *, name: str, owner: object | None = None) -> threading.Thread:
+    """Start a daemon thread that works for `owner`, or for the same as the calling one.
 
     Raises:
         ThreadStartError: the system has no thread to give.
     """
-    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread = Worker(target, name=name, owner=owner)
     try:
         seam.active.start_thread(thread)
     except (RuntimeError, OSError, MemoryError) as error:
