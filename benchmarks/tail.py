@@ -1,8 +1,9 @@
 """The worst pass while an update is staged and committed, over the steady median; beside it the machine's own worst.
 
 The service: one thread that runs pass after pass of a 1 GiB stack of 16 layers, on batches that make a pass last about
-100 ms, with torch on one thread (the service leaves a core) or on two (it leaves none). The update: `slot.update` from
-another thread under the documented default `StagePolicy()`, which hashes every tensor and proves every value finite.
+100 ms. The target is judged with torch on one thread, so that the service leaves one of two cores, as the documentation
+advises; what happens when torch takes both is shown beside it. The update: `slot.update` from another thread under the
+default `StagePolicy()`, which hashes every tensor and proves every value finite.
 
 A *window* is the time of one update; its worst pass is the longest that overlaps it. The control is a window of the
 same length in which nobody updates anything. The peer reloads in the serving thread between two passes, which is what
@@ -50,8 +51,9 @@ def _make_rows(found: dict[str, Any], *, size: str, num_threads: int, cache: str
     threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
     what = f"worst pass during an update, {size}, {cache} page cache, torch on {threads}"
     ours, control, peer = (Sample.of(found[name]) for name in ("hotglm", "control", "peer"))
-    limit = _LIMITS[cache]
+    limit, is_judged = _LIMITS[cache], num_threads == 1
     steady = f"p50 {median(found['p50_s']) * 1e3:.1f} ms, window {median(found['window_s']) * 1e3:.0f} ms"
+    leaves = "" if is_judged else "; the service leaves no core"
     return [
         Row(
             group="tail",
@@ -62,9 +64,9 @@ def _make_rows(found: dict[str, Any], *, size: str, num_threads: int, cache: str
             unit="x",
             ratio=ours.median,
             ratio_name="worst pass / steady p50",
-            target=f"<= {limit}x",
-            met=at_most(ours.median, limit),
-            note=f"median over the updates of each one's worst pass, {steady}; worst of all {ours.worst:.2f}x",
+            target=f"<= {limit}x" if is_judged else "",
+            met=at_most(ours.median, limit) if is_judged else None,
+            note=f"median over the updates of each one's worst pass, {steady}; worst of all {ours.worst:.2f}x{leaves}",
         ),
         Row(
             group="tail",

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -168,11 +169,24 @@ class Rotary(nn.Module):
         self.original = self.inv_freq
 
 
+class Packed(nn.Module):
+    """A module without weights that keeps a table of small integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.ones(2, 2, dtype=torch.int32)
+
+
 CONSTANT: dict[str, Callable[[Any], object]] = {
     "table of a module without weights": lambda m: setattr(m, "rotary", Rotary()),
     "mask": lambda m: m.register_buffer("mask", torch.ones(2, 2).tril().bool(), persistent=False),
     "positions": lambda m: m.register_buffer("ids", torch.arange(4), persistent=False),
-    "index attribute": lambda m: setattr(m, "index", torch.arange(4, dtype=torch.int32)),
+    "index attribute": lambda m: setattr(m, "index", torch.arange(4)),
+    "scalar attribute": lambda m: setattr(m, "offset", torch.tensor(3)),
+    "mask attribute": lambda m: setattr(m, "used", torch.tensor([True, False])),
+    "array of indices": lambda m: setattr(m, "index", np.arange(4)),
+    "table of indices": lambda m: m.register_buffer("ids", torch.arange(6).reshape(2, 3), persistent=False),
+    "packed table of a module without weights": lambda m: setattr(m, "rotary", Packed()),
     "refreshed attribute": lambda m: None,
 }
 
@@ -189,6 +203,13 @@ STALE: dict[str, Callable[[Any], object]] = {
     "float buffer": lambda m: m.register_buffer("cache", m.linear.weight.detach() * 2, persistent=False),
     "float attribute": lambda m: setattr(m, "cache", m.linear.weight.detach() * 2),
     "packed weight": lambda m: setattr(m, "cache", (m.linear.weight.detach() * 9).to(torch.int8)),
+    "weights packed in int32": lambda m: setattr(m, "cache", pack(m.linear.weight, torch.int32)),
+    "weights packed in int16": lambda m: setattr(m, "cache", pack(m.linear.weight, torch.int16)),
+    "buffer packed in int32": lambda m: m.register_buffer("cache", pack(m.linear.weight, torch.int32), False),
+    "pruning mask": lambda m: setattr(m, "cache", m.linear.weight.detach() > 0),
+    "order of all weights": lambda m: setattr(m, "cache", m.linear.weight.detach().argsort()),
+    "long vector": lambda m: setattr(m, "cache", torch.zeros(1 + (1 << 16), dtype=torch.int64)),
+    "numpy mask": lambda m: setattr(m, "cache", (m.linear.weight.detach() > 0).numpy()),
     "fp8 weight": lambda m: setattr(m, "cache", m.linear.weight.detach().to(torch.float8_e4m3fn)),
     "complex attribute": lambda m: setattr(m, "cache", torch.fft.fft(m.linear.weight.detach())),
     "deep in containers": lambda m: setattr(m, "cache", {"a": [({"b": m.linear.weight.detach() * 2},)]}),
@@ -200,6 +221,11 @@ STALE: dict[str, Callable[[Any], object]] = {
     "parameter in nested lists": lambda m: setattr(m, "cache", [[nn.Parameter(torch.randn(2))]]),
     "expanded weight": lambda m: setattr(m, "cache", m.linear.bias.detach().expand(3, 2)),
 }
+
+
+def pack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return `weight` as integers of `dtype`."""
+    return (weight.detach() * 9).to(dtype)
 
 
 def keep(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -242,6 +242,58 @@ def test_flags_of_parameters_and_modules_are_carried_over() -> None:
     assert all(p.grad is None and p.is_leaf for p in slot.parameters())
 
 
+def test_what_parameters_refer_to_is_of_their_own_generation() -> None:
+    """Attributes of parameters and buffers that lead to other parts lead to the new ones; other values are copied."""
+
+    def prepare(model: Any) -> None:
+        model.linear.weight.peer = model.linear.bias
+        model.linear.bias.owner = {"of": [model.linear]}
+        model.register_buffer("scale", torch.ones(2))
+        model.scale.source = model.linear.weight.detach().t()
+
+    slot, cold = swap(
+        make_class(prepare, lambda self, x: (self.linear.weight.peer, self.linear.bias.owner["of"][0](x)))
+    )
+    assert same_bits(slot(X), cold(X))
+    assert slot.linear.weight.peer is slot.linear.bias
+    assert slot.linear.bias.owner["of"][0] is slot.linear
+    assert slot.scale.source.data_ptr() == slot.linear.weight.data_ptr()
+    slot.update(slot.state_dict())
+    assert slot.linear.weight.peer is slot.linear.bias
+
+
+def test_what_a_parameter_brings_along_is_judged_like_any_other_state() -> None:
+    """A computed tensor, or a function that has captured a part, on a parameter is refused by the parameter's name."""
+
+    def prepare(model: Any) -> None:
+        model.linear.weight.scale = model.linear.weight.detach().norm()
+        model.linear.bias.look = lambda: model
+
+    maker = build(make_class(prepare))
+    slot = hotglm.ModuleSlot(maker(1), name="model")
+    before = slot(X)
+    with pytest.raises(hotglm.StaleStateError) as caught:
+        slot.update(maker(2).state_dict())
+    assert caught.value.tensor == "linear.weight.scale"
+    assert "'linear.bias.look'" in str(caught.value)
+    assert same_bits(slot(X), before)
+
+
+def test_a_compiled_slot_takes_updates_and_goes_on_eagerly() -> None:
+    """`slot.compile()` compiles the live generation only; later ones are staged as ever, and a rollback is compiled."""
+    maker = build(Model)
+    slot = hotglm.ModuleSlot(maker(1), name="model", version="1.0.0")
+    slot.compile(backend="eager")
+    slot.linear.compile(backend="eager")
+    assert same_bits(slot(X), maker(1)(X))
+    for seed in (2, 3):
+        slot.update(maker(seed).state_dict(), version=f"1.0.{seed}")
+        assert same_bits(slot(X), maker(seed)(X))
+        assert all(module._compiled_call_impl is None for module in slot.modules())
+    slot.rollback(to="1.0.2")
+    assert same_bits(slot(X), maker(2)(X))
+
+
 def test_parts_that_are_shared_stay_shared() -> None:
     """A layer used twice is one layer in the twin, and tied weights are one parameter under both names."""
 

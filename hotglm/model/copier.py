@@ -100,7 +100,8 @@ class Copier(TorchFunctionMode):
         self._marks = marks
         self.loose: list[torch.Tensor] = []  # of the module that is copied: neither weights nor views of them
         self._findings = Findings(constants=constants)
-        self._parts = Parts(root, layout)
+        self._entries = list(find_state(root))
+        self._parts = Parts(root, self._entries, layout)
         self._memo: dict[int, Any] = {}
         self._keep: list[object] = []  # what the memo names by id must not die and lend its id to another object
         self._views: dict[str, torch.Tensor] = {}
@@ -135,7 +136,7 @@ class Copier(TorchFunctionMode):
     # -- registered state ----------------------------------------------------------------------------------------------
 
     def _map_state(self) -> None:
-        for entry in find_state(self._root):
+        for entry in self._entries:
             known = self._memo.get(id(entry.tensor))
             if known is None:
                 known = self._map_tensor(entry)
@@ -160,8 +161,10 @@ class Copier(TorchFunctionMode):
     def _copy_attributes_of_tensors(self) -> None:
         """Copy what users have set on parameters and buffers; it may refer to any part of the module."""
         done: set[int] = set()
-        for entry in find_state(self._root):
-            attributes = dict(vars(entry.tensor)) if id(entry.tensor) not in done else {}
+        for entry in self._entries:
+            attributes = dict(vars(entry.tensor))
+            if not attributes or id(entry.tensor) in done:
+                continue
             done.add(id(entry.tensor))
             path, _, leaf = entry.name.rpartition(".")
             for name, value in attributes.items():
@@ -199,16 +202,20 @@ class Copier(TorchFunctionMode):
         if twin is not None and not has_plain_state(type(module)):  # copied already, by way of another attribute
             return
         attributes = {name: value for name, value in list(vars(module).items()) if name not in _NOT_CARRIED}
-        places = {name: Place(path=path, name=name, owner=module) for name in attributes}
-        for name, value in attributes.items():
-            self._prepare(places[name], value)
+        places = {
+            name: Place(path=path, name=name, owner=module) for name, value in attributes.items() if not is_inert(value)
+        }
+        for name, place in places.items():
+            self._prepare(place, attributes[name])
         try:
             if twin is None:
                 self._place = Place(path=path, name=_INSIDE, owner=module)
                 self._remember(module, copy.deepcopy(module, self._memo))
             else:
+                copied = vars(twin)
                 for name, value in attributes.items():
-                    vars(twin)[name] = self._copy_attribute(places[name], value)
+                    at = places.get(name)
+                    copied[name] = self._copy_inert(value) if at is None else self._copy_attribute(at, value)
         except RuntimeError as failure:
             if "changed size" in str(failure) or "mutated" in str(failure):
                 raise ChangedWhileCopiedError(f"module {shorten_repr(path or type(module).__name__)}") from failure
@@ -219,8 +226,6 @@ class Copier(TorchFunctionMode):
             self._remember(module, module)
 
     def _copy_attribute(self, place: Place, value: object) -> object:
-        if is_inert(value):
-            return self._copy_inert(value)
         self._place, why = place, ""
         try:
             result = copy.deepcopy(value, self._memo)

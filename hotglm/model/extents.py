@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hotglm.model.inspection import StateEntry, find_state
+from hotglm.model.inspection import StateEntry
 from hotglm.model.references import is_a, is_array
 from hotglm.weights.arena import ALIGNMENT
 from hotglm.weights.layout import Extent, Layout, plan_layout
@@ -59,12 +59,10 @@ class Parts:
         references: every weak reference or proxy to a part, with that part.
     """
 
-    def __init__(self, root: nn.Module, layout: Layout) -> None:
-        """Note the parts of `root` as they are now; keeps all of them alive."""
+    def __init__(self, root: nn.Module, entries: Iterable[StateEntry], layout: Layout) -> None:
+        """Note the parts of `root`, whose state `entries` are; the caller keeps them alive."""
         self._layout = layout
-        self._modules = list(root.modules())
-        self._tensors = [entry.tensor for entry in find_state(root)]
-        parts: list[object] = [*self._modules, *self._tensors]
+        parts = [*root.modules(), *(entry.tensor for entry in entries)]
         self._ids = {id(part) for part in parts}
         self.references = [(reference, part) for part in parts for reference in weakref.getweakrefs(part)]
         self._reference_ids = {id(reference) for reference, _ in self.references}

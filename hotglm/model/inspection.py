@@ -4,12 +4,13 @@ Rules this module keeps:
 
 - Every name under which `state_dict` would list a tensor is listed, aliases included, in registration order.
 - Nothing is read but metadata; no tensor is copied, moved or written.
-- What a slot cannot hold (lazy, meta, sparse, quantised, tensor subclasses, other devices) is refused here, all of it
-  at once, before anything else is tried.
+- What a slot cannot hold (lazy, meta, sparse, quantised, tensor subclasses, other devices, compiled modules) is refused
+  here, all of it at once, before anything else is tried.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -108,7 +109,8 @@ def verify_holdable(module: nn.Module) -> None:
 
     Raises:
         NotMaterializedError: lazy or meta tensors.
-        UncopyableError: sparse, quantised, nested, subclassed or off-CPU tensors, TorchScript modules, extra state.
+        UncopyableError: sparse, quantised, nested, subclassed or off-CPU tensors, TorchScript or compiled modules,
+            extra state.
         ModuleError: it is not a module, or is itself a slot.
     """
     if not isinstance(module, nn.Module):
@@ -130,10 +132,13 @@ def verify_holdable(module: nn.Module) -> None:
         )
     problems = [*_find_unsupported_modules(module), *_find_unsupported_tensors(module)]
     if problems:
+        is_compiled = any(map(_is_compiled, module.modules()))
         raise UncopyableError(
             "Expected a module that can be copied structurally.",
             problems=problems,
-            remedy="replace the named parts by plain dense CPU tensors and ordinary modules.",
+            remedy="give the slot the uncompiled module, and compile the live one with slot.compile()."
+            if is_compiled
+            else "replace the named parts by plain dense CPU tensors and ordinary modules.",
         )
 
 
@@ -148,11 +153,22 @@ def _find_unsupported_modules(root: nn.Module) -> Iterator[Problem]:
                 code="CANNOT_SWAP_COMPILED",
                 message=f"Expected an eager module at {where}, got TorchScript, whose tensors are fixed",
             )
+        elif _is_compiled(module):
+            yield Problem(
+                code="CANNOT_SWAP_COMPILED",
+                message=f"Expected an eager module at {where}, got what torch.compile returns, which calls the one "
+                f"module it was made from",
+            )
         elif type(module).get_extra_state is not nn.Module.get_extra_state:
             yield Problem(
                 code="EXTRA_STATE",
                 message=f"Expected state in tensors only, got get_extra_state() at {where}",
             )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # imported by whoever has compiled something
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def _find_slots(root: nn.Module) -> Iterator[str]:

@@ -154,10 +154,14 @@ def walk(
             continue
         inside = item if is_a(item, types.FunctionType) else function
         before = len(todo)
-        todo.extend((other, inside) for other in found if type(other) not in _ATOMS)
+        todo.extend((other, inside) for other in found if type(other) not in _ATOMS and not _is_flat(other))
         room -= len(todo) > before
         if room < 0:
             raise TooManyObjectsError
+
+
+def _is_flat(item: object) -> bool:
+    return type(item) in (tuple, list) and _ATOMS.issuperset(map(type, item))  # type: ignore[call-overload]
 
 
 def _find_referents(item: object) -> list[Any]:

@@ -73,7 +73,7 @@ class StagePolicy:
         goldens: outputs to compare.
         checks: callables that get the staged module and return None or True when it is good.
         convert_dtypes: convert floating-point tensors to the module's dtype instead of refusing them.
-        num_threads: threads that read and hash; None means the cores of the process, at most 4.
+        num_threads: threads that read and hash; None means all cores of the process but one, at least 1, at most 4.
         nice: how much the threads that read, copy and hash lower their priority, 0 to 19; 0 leaves it alone.
         timeout_s: give up a stage after this time, in seconds; None means never.
     """

@@ -97,6 +97,8 @@ def _keeping_no_memory(method: Callable[_P, _R]) -> Callable[_P, _R]:
 class SlotCore:
     """Everything of a slot that is not a pass. Any thread may call any method."""
 
+    __hotglm_slot__ = True
+
     def __init__(self, first: Generation, settings: SlotSettings) -> None:
         """Publish `first`; nothing is staged."""
         self.settings = settings

@@ -3,15 +3,19 @@
 Rules this module keeps:
 
 - One call, one generation: a delegated method is looked up on the live module and runs there to its end.
-- `_parameters`, `_buffers`, `_modules` and the hook dictionaries are those of the live module, so that code of torch
-  that looks into a module, instead of calling it, finds what is live and adds no prefix to names.
-- What would change weights in place or move them elsewhere is refused, unless it changes nothing.
+- `_parameters`, `_buffers` and `_modules` show those of the live module, so that code of torch that looks into a
+  module, instead of calling it, finds what is live and adds no prefix to names. They are copies that refuse to be
+  written, because such code would write the live module, and restore it in whichever is live by then. The hook
+  dictionaries are the live module's own.
+- What would change weights in place or move them elsewhere is refused, unless it changes nothing. (`apply` and
+  `requires_grad_` do go to the live module: docs/concepts.md has the list.)
 - A name with a leading underscore may be set on the slot itself, for the bookkeeping of frameworks; any other is
   refused, because it would be gone, or wrong, after the next update.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +28,32 @@ if TYPE_CHECKING:
     from hotglm.slot.admission import Admission
 
 __all__ = ["ModuleFacade"]
+
+
+_FUNCTIONAL_CALL = "torch.nn.utils._named_member_accessor"
+"""The module of torch whose `getattr` is there to replace what it finds; `torch.func.functional_call` ends there."""
+
+_FUNCTIONALLY = "torch.func.functional_call(copy.deepcopy(slot.live.module), ...), or slot.update(...)"
+
+
+def _refuse_write(what: str, instead: str) -> NoReturn:
+    raise SlotStateError(f"Expected the live version to stay as it is, got {what}.", remedy=f"use {instead}.")
+
+
+class _Snapshot(dict[str, Any]):
+    """What a dictionary of the live module holds; cannot be written."""
+
+    __slots__ = ()
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_write("a write to one of the slot's dictionaries", _FUNCTIONALLY)
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as the plain dictionary that it shows."""
+        return dict, (dict(self),)
 
 
 class ModuleFacade(nn.Module):
@@ -80,45 +110,56 @@ class ModuleFacade(nn.Module):
             with torch.no_grad():
                 result = fn(tensor)
             if result is not tensor and not (result.data_ptr() == tensor.data_ptr() and result.dtype is tensor.dtype):
-                self._refuse_write("conversion or move of the live weights", "slot.update(converted_module)")
+                _refuse_write("conversion or move of the live weights", "slot.update(converted_module)")
         return self
 
     def share_memory(self) -> NoReturn:
         """Refuse: live weights lie in the slot's own memory."""
-        self._refuse_write("share_memory() on a slot", "slot.live.module.state_dict() in shared memory of your own")
+        _refuse_write("share_memory() on a slot", "slot.live.module.state_dict() in shared memory of your own")
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: it writes live weights in place, tensor by tensor. `slot.update(state_dict)` does not."""
-        self._refuse_write("load_state_dict() on a slot, which tears passes", "slot.update(state_dict)")
+        _refuse_write("load_state_dict() on a slot, which tears passes", "slot.update(state_dict)")
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse_write(
-            "load_state_dict() on a module that has a slot in it", "slot.update(state_dict) for that part"
-        )
+        _refuse_write("load_state_dict() on a module that has a slot in it", "slot.update(state_dict) for that part")
 
     def register_parameter(self, name: str, param: Any) -> NoReturn:
         """Refuse; see `__setattr__`."""
-        self._refuse_write(f"parameter {name!r} on a slot", "slot.update(module)")
+        _refuse_write(f"parameter {name!r} on a slot", "slot.update(module)")
 
     def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> NoReturn:
         """Refuse; see `__setattr__`."""
-        self._refuse_write(f"buffer {name!r} on a slot", "slot.update(module)")
+        _refuse_write(f"buffer {name!r} on a slot", "slot.update(module)")
 
     def add_module(self, name: str, module: Any) -> NoReturn:
         """Refuse; see `__setattr__`."""
-        self._refuse_write(f"submodule {name!r} on a slot", "slot.update(module)")
+        _refuse_write(f"submodule {name!r} on a slot", "slot.update(module)")
 
-    def _refuse_write(self, what: str, instead: str) -> NoReturn:
-        raise SlotStateError(f"Expected the live version to stay as it is, got {what}.", remedy=f"use {instead}.")
+    def register_module(self, name: str, module: Any) -> NoReturn:
+        """Refuse; see `__setattr__`."""
+        self.add_module(name, module)
+
+    def set_submodule(self, target: str, module: Any, strict: bool = False) -> NoReturn:
+        """Refuse; see `__setattr__`."""
+        self.add_module(target, module)
+
+    def set_extra_state(self, state: Any) -> NoReturn:
+        """Refuse: extra state is not part of a version."""
+        _refuse_write("extra state", "slot.update(module)")
 
     def __getattr__(self, name: str) -> Any:
         """Return the live module's attribute; a bound method runs in that generation to its end."""
         if name == "_admission":  # not there yet: a slot that is being made
             raise AttributeError(name)
+        if sys._getframe(1).f_globals.get("__name__") == _FUNCTIONAL_CALL:  # it asks for a part to write that part
+            _refuse_write("functional_call on a slot, which writes the live module for all threads", _FUNCTIONALLY)
         return getattr(self._live_module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set bookkeeping names (with a leading underscore) on the slot; refuse others."""
+        if name == "__class__":  # parametrize does it
+            _refuse_write("another class for a slot", "it on the module before it is given to the slot")
         if name.startswith("_") or isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)
             return
@@ -158,7 +199,10 @@ def _view(name: str) -> property:
     def look(self: ModuleFacade) -> Any:
         return getattr(self._live_module, name)
 
-    return property(look)
+    def copy(self: ModuleFacade) -> _Snapshot:
+        return _Snapshot(getattr(self._live_module, name))
+
+    return property(copy if name in ("_parameters", "_buffers", "_modules") else look)
 
 
 _RUN_ON_THE_SLOT = frozenset(

@@ -203,9 +203,9 @@ class Spares:
     def _choose_retired(self, nbytes: int) -> tuple[Generation, ...]:
         live = self.admission.live
         num_too_many = 1 + len(live.held) + 1 - self.policy.count_copies(nbytes)
-        # First what was rolled back from, then the oldest, and the rollback target last.
-        now = live.generation.number
-        order = sorted(live.held, key=lambda held: (held is live.before, held.number < now, held.number))
+        # First what was rolled back from, then what was live the longest time ago, and the rollback target last.
+        now, oldest_first = live.generation.number, tuple(reversed(live.held))
+        order = sorted(oldest_first, key=lambda held: (held is live.before, held.number < now))
         return tuple(order[: max(0, num_too_many)])
 
     def _has_room(self, generation: Generation, nbytes: int) -> bool:

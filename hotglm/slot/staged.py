@@ -47,6 +47,8 @@ class Staged:
         checks: what was proved, in words.
     """
 
+    __hotglm_slot__ = True
+
     def __init__(
         self,
         generation: Generation,

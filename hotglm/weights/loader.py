@@ -331,9 +331,9 @@ class _FileJob:
         for read in reads:
             self._options.cancellation.raise_if_cancelled()
             views = [self._lease.bytes(piece.arena_offset, piece.nbytes) for piece in read.pieces]
+            file = self._files.files[read.file]
             with self._reading:
-                file = self._files.files[read.file]
-            read_scattered(file.fd, views, read.file_offset, path=file.path, size=file.size)
+                read_scattered(file.fd, views, read.file_offset, path=file.path, size=file.size)
             if running is not None:
                 running.update(views[0])
             for name in read.completes:
