@@ -39,7 +39,7 @@ from hotglm.weights.digest import digest_tensor
 
 __all__ = ["HashPeer", "LoadPeer", "Stager", "measure"]
 
-_LAYOUTS = (16, 100, 1000)
+_LAYOUTS = (100, 1000)
 _PEERS = (
     ("pread", "load_file(backend='pread')", 5.0),
     ("pickle", "torch.load", 5.0),
@@ -96,7 +96,7 @@ def _take_turns(bench: Bench, weights: WeightsOnDisk, *, kind: str, kept: bool) 
         sides: dict[str, Callable[[], float]] = {"hotglm": stage, "peer": lambda: float(peer.ask("load"))}
         alternate(sides, rounds=2)  # hotglm's two arenas, the peer's two dicts: later loads begin with the third
         parts.clear()
-        return {**alternate(sides, rounds=bench.rounds(9)), "part": Sample.of(parts)}
+        return {**alternate(sides, rounds=bench.rounds(5)), "part": Sample.of(parts)}
 
 
 def _first(bench: Bench, weights: WeightsOnDisk, *, touched: bool) -> Row:
@@ -110,7 +110,7 @@ def _first(bench: Bench, weights: WeightsOnDisk, *, touched: bool) -> Row:
         with _start_peer(bench, weights, "pread", kept=False) as peer:
             return float(peer.ask("load_first", touched_nbytes=nbytes))
 
-    found = alternate({"hotglm": stage, "peer": read}, rounds=bench.rounds(7))
+    found = alternate({"hotglm": stage, "peer": read}, rounds=bench.rounds(5))
     ratio = found["hotglm"].median / found["peer"].median
     return Row(
         group="loading",
@@ -141,7 +141,7 @@ def _verified(bench: Bench, weights: WeightsOnDisk, *, finite: bool, from_file: 
         sides = {"hotglm": stage, "peer": lambda: float(peer.ask("hash_file" if from_file else "hash_memory"))}
         alternate(sides, rounds=2)
         totals.clear()
-        found = alternate(sides, rounds=bench.rounds(9))
+        found = alternate(sides, rounds=bench.rounds(5))
     ratio = found["hotglm"].median / found["peer"].median
     is_judged = finite and not from_file
     return Row(

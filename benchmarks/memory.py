@@ -31,7 +31,7 @@ _WARM_UPDATES = 10
 def measure(bench: Bench) -> list[Row]:
     """Return a row for the growth and one for the peak."""
     options = [
-        asdict(make_weights(bench, nbytes=bench.size(256 * MIB), num_tensors=_NUM_TENSORS, seed=seed))
+        asdict(make_weights(bench, nbytes=bench.size(512 * MIB), num_tensors=_NUM_TENSORS, seed=seed))
         for seed in (1, 2)
     ]
     layout = {**options[0], "paths": [option.pop("path") for option in options]}
@@ -136,8 +136,9 @@ class Keeper:
         for index in range(self._num_updates):
             step(index)
             after.append(_read_status("VmRSS") - self._baseline)
+        peak = _read_status("VmHWM") - self._baseline  # before anything else is done in this process
         weights = sum(tensor.nbytes for tensor in load_file(self._paths[0]).values())
-        return {"after": after, "peak": _read_status("VmHWM") - self._baseline, "weights": weights}
+        return {"after": after, "peak": peak, "weights": weights}
 
 
 def _make(*, nbytes: int, num_tensors: int) -> Stack:

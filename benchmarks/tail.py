@@ -42,7 +42,7 @@ def measure(bench: Bench) -> list[Row]:
             "benchmarks.tail:Service", num_threads=num_threads, quick=bench.quick, **asdict(weights)
         ) as service:
             for cache in ("warm", "cold"):
-                found = service.ask("run", cache=cache, rounds=bench.rounds(7))
+                found = service.ask("run", cache=cache, rounds=bench.rounds(5))
                 rows += _make_rows(found, size=describe_size(weights.nbytes), num_threads=num_threads, cache=cache)
     return rows
 

@@ -171,6 +171,16 @@ def test_torchscript_is_refused_by_name(compile_: Callable[[nn.Module], nn.Modul
     assert caught.value.code == "CANNOT_SWAP_COMPILED"
 
 
+@pytest.mark.parametrize("where", ["root", "part"])
+def test_what_torch_compile_returns_is_refused_by_name(where: str) -> None:
+    """A compiled wrapper calls the one module it was made from; the remedy is to give the slot that module."""
+    compiled: Any = torch.compile(nn.Linear(2, 2), backend="eager")
+    with pytest.raises(UncopyableError) as caught:
+        hotglm.ModuleSlot(compiled if where == "root" else nn.Sequential(compiled), name="model")
+    assert [problem.code for problem in caught.value.problems] == ["CANNOT_SWAP_COMPILED"]
+    assert "give the slot the uncompiled module" in caught.value.remedy
+
+
 @pytest.mark.parametrize("thing", [None, 3, nn.Linear, {"weight": torch.ones(2)}])
 def test_what_is_no_module_is_refused(thing: Any) -> None:
     """A slot is made around a module object."""

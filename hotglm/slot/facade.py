@@ -56,6 +56,14 @@ class _Snapshot(dict[str, Any]):
         return dict, (dict(self),)
 
 
+_SNAPSHOTS: dict[str, Callable[..., Any]] = {
+    "_parameters": _Snapshot,
+    "_buffers": _Snapshot,
+    "_modules": _Snapshot,
+    "_non_persistent_buffers_set": frozenset,
+}
+
+
 class ModuleFacade(nn.Module):
     """An `nn.Module` that stands for `self._admission.live.generation.module`."""
 
@@ -199,10 +207,10 @@ def _view(name: str) -> property:
     def look(self: ModuleFacade) -> Any:
         return getattr(self._live_module, name)
 
-    def copy(self: ModuleFacade) -> _Snapshot:
-        return _Snapshot(getattr(self._live_module, name))
+    def copy(self: ModuleFacade) -> Any:
+        return _SNAPSHOTS[name](getattr(self._live_module, name))
 
-    return property(copy if name in ("_parameters", "_buffers", "_modules") else look)
+    return property(copy if name in _SNAPSHOTS else look)
 
 
 _RUN_ON_THE_SLOT = frozenset(
