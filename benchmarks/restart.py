@@ -1,9 +1,9 @@
 """Time without answers: a swap, against a restart of the same service with the other file.
 
-The service is a process of its own that loads its weights and answers requests over a socket; its passes last about a
-millisecond, so that they do not hide what a swap adds. Clients ask without pause. The figure is the longest time between
-two answers, whoever got them, around the change; where nothing changes it is the length of a pass or two, which is what
-the control says. A request is lost if it was sent and got no answer, or could not be sent.
+The service is a process of its own that loads its weights and answers requests over a socket; its passes last about
+a millisecond, so that they do not hide what a swap adds. Clients ask without pause. The figure is the longest time
+between two answers, whoever got them, around the change; where nothing changes it is the length of a pass or two,
+which is what the control says. A request is lost if it was sent and got no answer, or could not be sent.
 """
 
 from __future__ import annotations

@@ -195,10 +195,9 @@ def test_a_newer_one_supersedes_a_stage_in_flight(slot: hotglm.ModuleSlot, tmp_p
         old = threading.Thread(target=stage_old)
         old.start()
         assert reached.wait(10)
+        cancellation = slot._core.stager._supersedable[0]
         new = threading.Thread(target=run_new)
         new.start()
-        cancellation = slot._core.stager._supersedable[0]
-        assert cancellation is not None
         while not cancellation.is_cancelled:
             go_on.wait(0.001)
         go_on.set()
