@@ -21,6 +21,7 @@ from support.torn import (
     Relay,
     SlotEngine,
     count_passes_until_swapped,
+    dawdle_at_times,
     plan_swaps,
     read_version,
     run_harness,
@@ -38,7 +39,7 @@ def read_now(engine: SlotEngine) -> int:
 @pytest.mark.parametrize(("readers", "updates"), [(1, 2000), (2, 1000), (4, 300), (8, 40), (16, 60)])
 def test_no_pass_is_torn_or_stale(readers: int, updates: int) -> None:
     """F01, F11, F12: with 1 to 16 readers no output mixes versions, is older than the swap before it, or goes back."""
-    engine = SlotEngine(PRIMES[0])
+    engine = SlotEngine(PRIMES[0], boundary=dawdle_at_times())
     plan = plan_swaps(updates=updates, rollbacks=SWAPS - updates)
     report = run_harness(engine, plan, readers=readers, passes=PASSES, budget_s=240)
     assert report.is_clean, report
@@ -52,7 +53,7 @@ def test_no_pass_is_torn_or_stale(readers: int, updates: int) -> None:
 @pytest.mark.parametrize("readers", [1, 2, 4, 8, 16])
 def test_no_pass_is_torn_in_a_minute(readers: int) -> None:
     """F01, long form: 60 s each, every second swap a whole update."""
-    engine = SlotEngine(PRIMES[0])
+    engine = SlotEngine(PRIMES[0], boundary=dawdle_at_times())
     report = run_harness(
         engine, plan_swaps(updates=100_000, rollbacks=100_000), readers=readers, passes=10**9, budget_s=60
     )
@@ -64,7 +65,7 @@ def test_no_pass_is_torn_in_a_minute(readers: int) -> None:
 @pytest.mark.parametrize("planted", [InPlaceCopy, DataAssignment, TwoBuffers, ForgottenPin])
 def test_planted_bugs_are_found(planted: type) -> None:
     """F02: the harness that finds nothing in a slot finds torn passes in each way of swapping that tears."""
-    engine: Engine = planted(PRIMES[0])
+    engine: Engine = planted(PRIMES[0], boundary=dawdle_at_times())
     report = run_harness(engine, plan_swaps(updates=20_000), readers=4, passes=10**9, budget_s=60, until_torn=True)
     assert report.torn > 0, report
     assert report.errors == []
@@ -119,7 +120,7 @@ class Poison:
 def test_nobody_reads_what_is_free() -> None:
     """F23: memory is poisoned as soon as the slot calls it free, and no pass of four readers ever sees the poison."""
     poison = Poison()
-    engine = SlotEngine(PRIMES[0], after_update=poison)
+    engine = SlotEngine(PRIMES[0], after_update=poison, boundary=dawdle_at_times())
     plan = plan_swaps(updates=200)
     report = run_harness(engine, plan, readers=4, passes=20_000, budget_s=120)
     assert report.is_clean, report
@@ -131,7 +132,7 @@ def test_nobody_reads_what_is_free() -> None:
 def test_the_poison_is_seen_where_pins_are_forgotten() -> None:
     """F23, control: a slot that forgets its pins shows the poison at once."""
     poison = Poison()
-    engine = ForgottenPin(PRIMES[0], after_update=poison)
+    engine = ForgottenPin(PRIMES[0], after_update=poison, boundary=dawdle_at_times())
     report = run_harness(engine, plan_swaps(updates=5_000), readers=4, passes=10**9, budget_s=60, until_torn=True)
     assert report.torn > 0, report
 

@@ -20,8 +20,8 @@ from support.torn import Oracle, SlotEngine, weights
 class InPlaceCopy:
     """Bug: every tensor of the live module is overwritten with `copy_`, as `load_state_dict` does."""
 
-    def __init__(self, version: int) -> None:
-        self.module = Oracle(version)
+    def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
+        self.module = Oracle(version, boundary=boundary)
         self.call: Callable[[torch.Tensor], torch.Tensor] = self.module
 
     def swap(self, version: int) -> None:
@@ -45,9 +45,9 @@ class DataAssignment(InPlaceCopy):
 class TwoBuffers:
     """Bug: two modules take turns, and the one that was replaced is overwritten while passes still run in it."""
 
-    def __init__(self, version: int) -> None:
-        self._live = Oracle(version)
-        self._spare = Oracle(version)
+    def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
+        self._live = Oracle(version, boundary=boundary)
+        self._spare = Oracle(version, boundary=boundary)
 
     def call(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self._live(x)
@@ -83,8 +83,14 @@ class LateSwap:
 class ForgottenPin(SlotEngine):
     """Bug: hotglm's own slot, but an arena is reused as soon as no publication names it, whoever still runs in it."""
 
-    def __init__(self, version: int, *, after_update: Callable[[hotglm.ModuleSlot], object] | None = None) -> None:
-        super().__init__(version, after_update=after_update)
+    def __init__(
+        self,
+        version: int,
+        *,
+        boundary: Callable[[int], object] | None = None,
+        after_update: Callable[[hotglm.ModuleSlot], object] | None = None,
+    ) -> None:
+        super().__init__(version, boundary=boundary, after_update=after_update)
         forget_pins(self.slot)
 
 

@@ -289,6 +289,22 @@ def run_harness(
     return run.report
 
 
+def dawdle_at_times(*, every: int = 4096, pause_s: float = 0.02) -> Callable[[int], object]:
+    """Return a layer boundary at which one pass in `every` stops half way, for `pause_s` seconds.
+
+    A pass takes microseconds and an update milliseconds. Without such passes it is left to the scheduler whether any
+    pass is still running when the memory under it is written for the next but one version, and a run without a torn
+    pass would say little.
+    """
+    passes = itertools.count(1)
+
+    def dawdle(layer: int) -> None:
+        if layer == LAYERS // 2 and next(passes) % every == 0:
+            time.sleep(pause_s)
+
+    return dawdle
+
+
 class Relay:
     """A layer boundary at which every pass waits for the next to begin, so that some pass is always running."""
 
