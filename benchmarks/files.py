@@ -26,12 +26,25 @@ class WeightsOnDisk:
     num_tensors: int
 
 
-def make_weights(bench: Bench, *, nbytes: int, num_tensors: int, seed: int = 1, pickled: bool = False) -> WeightsOnDisk:
-    """Write a file of weights, unless an earlier row has; return where it is."""
-    path = os.path.join(bench.directory, f"{nbytes}-{num_tensors}-{seed}.safetensors")
+def make_weights(
+    bench: Bench, *, nbytes: int, num_tensors: int, seed: int = 1, pickled: bool = False, digested: bool = False
+) -> WeightsOnDisk:
+    """Write a file of weights, unless an earlier row has; return where it is.
+
+    Args:
+        bench: whose directory it goes to.
+        nbytes: size of all tensors.
+        num_tensors: how many.
+        seed: of their values.
+        pickled: write what `torch.load` reads as well.
+        digested: have `hotglm.save_weights` write it, digests and all, not safetensors.
+    """
+    name = f"{nbytes}-{num_tensors}-{seed}{'-digested' if digested else ''}.safetensors"
+    path = os.path.join(bench.directory, name)
     if not os.path.exists(path) or (pickled and not os.path.exists(f"{path}.pt")):
         with bench.start("benchmarks.models:FileMaker") as maker:
-            maker.ask("make", path=path, nbytes=nbytes, num_tensors=num_tensors, seed=seed, pickled=pickled)
+            options = {"seed": seed, "pickled": pickled, "digested": digested}
+            maker.ask("make", path=path, nbytes=nbytes, num_tensors=num_tensors, **options)
     return WeightsOnDisk(path=path, nbytes=nbytes, num_tensors=num_tensors)
 
 

@@ -9,12 +9,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import hotglm
+
 __all__ = ["FileMaker", "Stack", "draw_state", "find_side"]
 
 
 def find_side(*, nbytes: int, num_tensors: int) -> int:
-    """Return the width of a stack: the largest for which its float32 weights stay within `nbytes`."""
-    return max(2, math.isqrt(nbytes // 4 // num_tensors))
+    """Return the width of a stack: the largest for which its float32 weights stay within `nbytes`.
+
+    A multiple of 16 where there is room, as widths of real layers are.
+    """
+    side = math.isqrt(nbytes // 4 // num_tensors)
+    return side // 16 * 16 or max(2, side)
 
 
 class Stack(nn.Module):
@@ -49,10 +55,15 @@ def draw_state(*, nbytes: int, num_tensors: int, seed: int) -> dict[str, torch.T
 class FileMaker:
     """Writes the weights of one layout to disk, in the formats that the peers read."""
 
-    def make(self, *, path: str, nbytes: int, num_tensors: int, seed: int, pickled: bool = False) -> int:
+    def make(
+        self, *, path: str, nbytes: int, num_tensors: int, seed: int, pickled: bool = False, digested: bool = False
+    ) -> int:
         """Write `path`, and `path` + `.pt` where that is asked for; return the bytes of the tensors."""
         state = draw_state(nbytes=nbytes, num_tensors=num_tensors, seed=seed)
-        save_file(state, path)
+        if digested:
+            hotglm.save_weights(state, path)
+        else:
+            save_file(state, path)
         _flush(path)
         if pickled:
             torch.save(state, f"{path}.pt")

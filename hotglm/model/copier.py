@@ -15,6 +15,7 @@ captured, caches, objects that cannot be copied) is found in the result (`model/
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import types
@@ -33,6 +34,7 @@ from hotglm.model.extents import Parts, overlaps_itself
 from hotglm.model.findings import Findings
 from hotglm.model.inspection import StateEntry, find_state
 from hotglm.model.references import (
+    CONTAINERS,
     TooManyObjectsError,
     copies_itself,
     has_plain_state,
@@ -54,6 +56,7 @@ __all__ = ["ChangedWhileCopiedError", "Copier", "Twin"]
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor of C
 _SHAREABLE_FAILURES = (TypeError, NotImplementedError, RecursionError)
+_DICTS = (dict, collections.OrderedDict)
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 _INSIDE = "<inside>"
@@ -103,6 +106,7 @@ class Copier(TorchFunctionMode):
         self._entries = list(find_state(root))
         self._parts = Parts(root, self._entries, layout)
         self._memo: dict[int, Any] = {}
+        self._plain: dict[type, bool] = {}  # classes of modules, and whether an instance is its __dict__ alone
         self._keep: list[object] = []  # what the memo names by id must not die and lend its id to another object
         self._views: dict[str, torch.Tensor] = {}
         self._place = Place(path="", name="", owner=root)
@@ -119,7 +123,7 @@ class Copier(TorchFunctionMode):
             self._map_state()
             modules = list(self._root.named_modules())
             for _, module in modules:
-                if has_plain_state(type(module)):  # empty for now, so that children can refer to their parents
+                if self._is_plain(module):  # empty for now, so that children can refer to their parents
                     self._remember(module, module.__new__(type(module)))
             self._map_weakrefs()
             with self:
@@ -199,23 +203,24 @@ class Copier(TorchFunctionMode):
 
     def _copy_one(self, path: str, module: nn.Module) -> None:
         twin = self._memo.get(id(module))
-        if twin is not None and not has_plain_state(type(module)):  # copied already, by way of another attribute
+        if twin is not None and not self._is_plain(module):  # copied already, by way of another attribute
             return
-        attributes = {name: value for name, value in list(vars(module).items()) if name not in _NOT_CARRIED}
-        places = {
-            name: Place(path=path, name=name, owner=module) for name, value in attributes.items() if not is_inert(value)
-        }
-        for name, place in places.items():
-            self._prepare(place, attributes[name])
+        attributes = [
+            (name, value, None if is_inert(value) else Place(path=path, name=name, owner=module))
+            for name, value in list(vars(module).items())
+            if name not in _NOT_CARRIED
+        ]
+        for _, value, place in attributes:
+            if place is not None:
+                self._prepare(place, value)
         try:
             if twin is None:
                 self._place = Place(path=path, name=_INSIDE, owner=module)
                 self._remember(module, copy.deepcopy(module, self._memo))
             else:
                 copied = vars(twin)
-                for name, value in attributes.items():
-                    at = places.get(name)
-                    copied[name] = self._copy_inert(value) if at is None else self._copy_attribute(at, value)
+                for name, value, place in attributes:
+                    copied[name] = self._copy_inert(value) if place is None else self._copy_attribute(place, value)
         except RuntimeError as failure:
             if "changed size" in str(failure) or "mutated" in str(failure):
                 raise ChangedWhileCopiedError(f"module {shorten_repr(path or type(module).__name__)}") from failure
@@ -226,6 +231,8 @@ class Copier(TorchFunctionMode):
             self._remember(module, module)
 
     def _copy_attribute(self, place: Place, value: object) -> object:
+        if place.name in _REGISTERED and (known := self._copy_registered(value)) is not None:
+            return known
         self._place, why = place, ""
         try:
             result = copy.deepcopy(value, self._memo)
@@ -237,13 +244,37 @@ class Copier(TorchFunctionMode):
             self._copied.append((place, result, why))
         return result
 
+    # `deepcopy` would do what the next two do, and its machinery would take most of the time of a copy.
+
+    def _copy_registered(self, value: object) -> object | None:
+        """Copy a dictionary of parameters, buffers or modules whose copies are known; None if it is anything else."""
+        if not isinstance(value, dict) or type(value) not in _DICTS or id(value) in self._memo:
+            return None
+        parts = list(value.items())
+        found = {name: self._memo.get(id(part)) for name, part in parts}
+        if any(part is not None and found[name] is None for name, part in parts):
+            return None
+        result = type(value)(found)
+        self._remember(value, result)
+        return result
+
     def _copy_inert(self, value: object) -> object:
-        """Copy as `deepcopy` does, without its machinery: a module has some 15 empty hook dictionaries and numbers."""
-        if not isinstance(value, (dict, list, set)):
+        """Copy a plain value, or a plain container with nothing in it: a module has some 15 empty ones."""
+        kind = type(value)
+        if kind not in CONTAINERS:
             return value
-        if id(value) not in self._memo:
-            self._remember(value, type(value)())
-        return self._memo[id(value)]
+        result = self._memo.get(id(value))
+        if result is None:
+            result = self._memo[id(value)] = kind()
+            self._keep.append(value)
+        return result
+
+    def _is_plain(self, module: nn.Module) -> bool:
+        cls = type(module)
+        known = self._plain.get(cls)
+        if known is None:
+            known = self._plain[cls] = has_plain_state(cls)
+        return known
 
     # -- what deepcopy would copy and should not -----------------------------------------------------------------------
 
@@ -293,7 +324,11 @@ class Copier(TorchFunctionMode):
     def _verify(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
         """Look for what came along uncopied, in every attribute of the copy."""
         kinds = (nn.Module, torch.Tensor)
-        made = [item for item in self._memo.values() if is_a(item, kinds) or is_array(item)]
+        made = [
+            item
+            for item in self._memo.values()
+            if type(item) not in CONTAINERS and (is_a(item, kinds) or is_array(item))
+        ]
         old = {id(module) for _, module in modules}
         verifier = Verifier(
             parts=self._parts,
@@ -306,7 +341,7 @@ class Copier(TorchFunctionMode):
         for path, module in modules:
             verifier.verify_classes(module, path)
             twin = self._memo.get(id(module))
-            if not has_plain_state(type(module)) and twin is not None and twin is not module:
+            if not self._is_plain(module) and twin is not None and twin is not module:
                 for name, value in list(vars(twin).items()):
                     self._copied.append((Place(path=path, name=name, owner=module), value, ""))
         for place, value, why in self._copied:

@@ -32,6 +32,7 @@ from torch import nn
 from hotglm.weights.workers import yield_gil_when_due
 
 __all__ = [
+    "CONTAINERS",
     "MAX_OBJECTS",
     "TooManyObjectsError",
     "copies_itself",
@@ -56,7 +57,7 @@ _PROCESS = (types.ModuleType, types.FrameType, types.CodeType, threading.Thread,
 _WEAK_CONTAINERS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 _SCRIPTS = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch._C.ScriptMethod)
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, types.NoneType, torch.dtype})
-_CONTAINERS = frozenset({dict, collections.OrderedDict, list, set})
+CONTAINERS: frozenset[type] = frozenset({dict, collections.OrderedDict, list, set})
 Kind = TypeVar("Kind")
 
 _CONSTRUCTORS = frozenset({"__init__", "__new__"})
@@ -82,7 +83,7 @@ def is_array(value: object) -> TypeGuard[Any]:
 def is_inert(value: object) -> bool:
     """Whether `value` leads nowhere: a plain immutable value, or a plain container with nothing in it."""
     kind = type(value)
-    return kind in _ATOMS or (kind in _CONTAINERS and not value)
+    return kind in _ATOMS or (kind in CONTAINERS and not value)
 
 
 def is_slot(value: object) -> bool:

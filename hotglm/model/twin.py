@@ -30,7 +30,7 @@ from hotglm.weights.arena import Lease
 from hotglm.weights.layout import Layout
 from hotglm.weights.workers import yield_gil
 
-__all__ = ["Twin", "copy_module", "mark_loose_tensors", "rebind", "settle_in_place"]
+__all__ = ["Twin", "copy_module", "mark_loose_tensors", "settle_in_place", "verify_copyable"]
 
 _NUM_ATTEMPTS = 5
 """How often a copy is tried when the serving module changes a container under the copier."""
@@ -68,10 +68,11 @@ def copy_module(
     raise AssertionError("unreachable")
 
 
-def rebind(module: nn.Module, *, constants: Sequence[str] = (), marks: Marks | None = None) -> None:
-    """Raise what `copy_module` would raise for `module`, without needing memory: a dry run over empty views."""
-    entries = list(find_state(module))
-    Copier(module, layout=lay_out(entries), lease=None, constants=constants, marks=marks).copy()
+def verify_copyable(
+    module: nn.Module, *, layout: Layout, constants: Sequence[str] = (), marks: Marks | None = None
+) -> None:
+    """Raise what `copy_module` would raise, without needing memory: a dry run over empty views."""
+    Copier(module, layout=layout, lease=None, constants=constants, marks=marks).copy()
 
 
 def settle_in_place(twin: Twin) -> None:

@@ -35,7 +35,7 @@ from hotglm.model.derived import Marks, run_refreshers
 from hotglm.model.extents import extent_nbytes, lay_out
 from hotglm.model.inspection import StateEntry, contract_of, find_state
 from hotglm.model.registry import find_definition
-from hotglm.model.twin import Twin, copy_module, rebind, settle_in_place
+from hotglm.model.twin import Twin, copy_module, settle_in_place, verify_copyable
 from hotglm.problem import describe_exception
 from hotglm.release.environment import read_environment
 from hotglm.slot.checks import GradMode, StagePolicy, run_checks
@@ -119,7 +119,7 @@ class _Stage:
             layout = lay_out(entries)
             record.plan = self._spares.plan(layout.nbytes)
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up
-                rebind(code.module, constants=self._constants(), marks=code.marks)
+                verify_copyable(code.module, layout=layout, constants=self._constants(), marks=code.marks)
         with record.timed("memory"):
             taken = self._spares.take(record.plan, cancellation=cancellation)
             if taken.is_fresh:
