@@ -40,12 +40,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"slot"}),
     frozenset({"rollout", "watch"}),
     frozenset({"testing"}),
-    frozenset({"__main__", "cli", "demo", "integrations", "pytest_plugin"}),
+    frozenset({"__main__", "cli", "commands", "demo", "integrations", "pytest_plugin"}),
 )
 LAYER_OF = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 
 # Units that start without torch: words, promises, releases, and the doors whose `--help` has to answer at once.
-TORCH_FREE = LAYERS[0] | LAYERS[1] | {"release", "__main__", "cli"}
+TORCH_FREE = LAYERS[0] | LAYERS[1] | {"release", "__main__", "cli", "commands"}
 
 # Units without IO: layers 0 and 1, but for the seam, which is there to be the IO.
 IO_FREE = (LAYERS[0] | LAYERS[1]) - {"seam"}
@@ -69,7 +69,7 @@ FACE_USERS = {
 }
 
 # Third parties beyond the core dependencies, and the units that may import them.
-EXTRAS_USERS = {"numpy": {"demo"}, "sklearn": {"demo"}, "rich": {"cli"}}
+EXTRAS_USERS = {"numpy": {"demo"}, "sklearn": {"demo"}, "rich": {"cli", "commands"}}
 
 FORBIDDEN_NAMES = re.compile(r"(^|_)(utils?|helpers?|common|misc|manager)$")
 MAX_LINES = 400

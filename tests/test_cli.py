@@ -15,6 +15,7 @@ import pytest
 
 import hotglm
 from hotglm import cli
+from hotglm.commands.console import show_size
 from hotglm.errors import MissingExtraError
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...], int]]
@@ -154,7 +155,7 @@ def test_what_a_file_says_is_never_printed_raw(tmp_path: Path, capsys: pytest.Ca
 )
 def test_sizes_are_readable_and_exact(nbytes: int, text: str) -> None:
     """A size that is rounded for people has its exact number beside it."""
-    assert cli._size(nbytes) == text
+    assert show_size(nbytes) == text
 
 
 # -- diff --------------------------------------------------------------------------------------------------------------
