@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import ctypes
 import mmap
 import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ from hotglm import seam
 from hotglm.errors import SourceReadError
 from hotglm.slot import memory
 from support.scripts import run_script
-from support.universal import World, universal
+from support.universal import Chain, World, make_state, universal, wait_until
 
 
 @pytest.fixture
@@ -96,6 +99,36 @@ def test_a_process_that_is_told_to_end_in_the_middle_of_a_stage_ends_soon() -> N
     assert done.returncode == 0, (done.stdout, done.stderr[-3000:])
     assert done.stdout.strip().endswith("done")
     assert "Fatal" not in done.stderr
+
+
+def test_an_interrupt_that_does_not_wake_the_caller_ends_its_wait_all_the_same() -> None:
+    """K04: a Ctrl-C in the gap before the system's wait is acted upon; here as an exception that wakes nobody."""
+    reached, let_go, ended = threading.Event(), threading.Event(), threading.Event()
+    slot = hotglm.ModuleSlot(Chain(), name="chain", version="1.0.0")
+
+    def hang(module: object) -> None:
+        reached.set()
+        let_go.wait(60)
+
+    def update() -> None:
+        try:
+            slot.update(make_state(1), version="1.0.1", policy=hotglm.StagePolicy(checks=(hang,)))
+        except KeyboardInterrupt:
+            ended.set()
+
+    caller = threading.Thread(target=update, daemon=True)
+    caller.start()
+    assert reached.wait(30)
+    ident = caller.ident or 0
+    assert wait_until(lambda: sys._current_frames()[ident].f_code.co_name == "_wait")
+    raised = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(KeyboardInterrupt))
+    assert raised == 1
+    try:
+        assert ended.wait(30)
+    finally:
+        let_go.set()
+    caller.join(30)
+    assert slot.version == "1.0.0"
 
 
 # -- K05, I10: memory --------------------------------------------------------------------------------------------------

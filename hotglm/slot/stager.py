@@ -44,6 +44,10 @@ __all__ = ["Stager", "clear_frames"]
 _STOP_GRACE_S = 1.0
 """How long an interrupted or timed-out stage may take to reach its next chunk before its thread is left to itself."""
 
+_SIGNAL_S = 0.25
+"""How long a caller waits at a time. A signal that arrives after Python has looked for one and before the system begins
+to wait does not end that wait (CPython's locks have that gap); this bounds how late a Ctrl-C is then."""
+
 
 class Stager:
     """The stages of one slot."""
@@ -157,10 +161,12 @@ class Stager:
         timeout_s = request.policy.timeout_s
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
+            left_s = _SIGNAL_S if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-                outcome = outcomes.get(timeout=left_s)
+                outcome = outcomes.get(timeout=min(_SIGNAL_S, left_s))
             except queue.Empty:
+                if left_s >= _SIGNAL_S:
+                    continue
                 raise StageTimeoutError(
                     f"Expected the stage to end within {timeout_s} s, got no end.",
                     remedy="look for a loop or a wait in the new version's code, or raise StagePolicy.timeout_s.",
