@@ -5,6 +5,8 @@ Rules this module keeps:
 - Reading and staging open, read, map memory and start threads only through `active`, so that a test can make the Nth
   call of any kind fail (FAULTS K06, D07, D14, D20) without patching the standard library under everybody else.
 - The real seam adds nothing: each method is the call itself. A replacement must keep the same signatures.
+- `reach` asks for nothing: it names the places of a stage where something other than the operating system may fail (a
+  migration step, a warm-up pass), so that a test can make that place fail as well.
 - Nothing in production ever assigns `active`; `hotglm.testing` and the tests do, around one test.
 """
 
@@ -74,6 +76,9 @@ class Seam:
     def start_thread(self, thread: threading.Thread) -> None:
         """Start a thread (`Thread.start`)."""
         thread.start()
+
+    def reach(self, place: str) -> None:
+        """Do nothing; a stage has come to `place`: `"stage.load"` and the like, `"migration_step"` or `"warm_up"`."""
 
 
 def _find_madvise() -> Callable[[int, int, int], int] | None:

@@ -13,7 +13,7 @@ import torch
 
 import hotglm
 from hotglm.errors import HotglmError
-from support.faulty_seam import hooked, only_nth, pause
+from hotglm.testing.seams import hooked, only_nth, pause
 from support.universal import Chain, make_state
 
 X = torch.arange(8.0)

@@ -28,8 +28,8 @@ from hotglm.errors import (
     StageTimeoutError,
 )
 from hotglm.slot import stager
+from hotglm.testing.seams import Hook, fail_with, hooked, only_nth
 from support.bytes_maker import make_file, split_file
-from support.faulty_seam import Hook, fail_with, hooked, only_nth
 from support.shards import write_sharded
 from support.universal import World, universal
 

@@ -13,7 +13,7 @@ import pytest
 
 import hotglm
 from hotglm.errors import HotglmError, MemoryPlanError, SourceChangedError, SourceReadError, ThreadStartError
-from support.faulty_seam import KINDS, fail_with, hooked, only_nth, read_one_byte
+from hotglm.testing.seams import KINDS, fail_with, hooked, only_nth, read_one_byte
 from support.shards import write_sharded
 from support.universal import World, universal
 
@@ -53,7 +53,7 @@ def test_a_sharded_release_uses_every_kind_of_reading_call(world: World) -> None
         world.slot.update(source)
     assert set(READING) <= set(seen.counts)
     assert seen.counts["start_thread"] >= 2
-    assert set(KINDS) == {*READING, "map_anonymous", "populate", "start_thread"}
+    assert set(KINDS) == {*READING, "map_anonymous", "populate", "reach", "start_thread"}
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name != "RuntimeError"])  # no reading call raises that

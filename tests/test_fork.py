@@ -17,7 +17,7 @@ CHILDREN = """
     import os, signal, threading
     import torch, hotglm
     from hotglm import seam
-    from support.faulty_seam import hooked, only_nth, pause
+    from hotglm.testing.seams import hooked, only_nth, pause
     from support.universal import Chain, make_state
 
     def make(number):

@@ -5,10 +5,7 @@ In CI 2,000 full updates from a file and 10,000 changes by rollback; under `stre
 
 from __future__ import annotations
 
-import gc
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,43 +13,16 @@ import torch
 
 import hotglm
 from hotglm.errors import CallableCheckError
-from hotglm.slot.generation import Generation
-from support.universal import Chain, make_state, wait_until
+from hotglm.testing.usage import assert_no_leak
+from support.universal import Chain, make_state
 
 WIDTH = 32
 NBYTES = 3 * (WIDTH * WIDTH + WIDTH) * 4
 X = torch.ones(WIDTH)
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
-SETTLING_NBYTES = 4 << 20
-MAX_GROWTH_PER_SWAP = 100
-"""Bytes. A leaked arena is 16 KiB of memory per swap, a leaked generation hundreds of objects, tens of KiB; what may
-grow is what the allocator has not given back: once `SETTLING_NBYTES`, and 26 bytes per swap after that, as measured
-over swaps 7,000 to 10,000. The history fills in the first half, which is not measured."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """What a process has."""
-
-    descriptors: int
-    maps: int
-    tasks: int
-    rss_nbytes: int
-    objects: int
-    generations: int
-
-    @classmethod
-    def look(cls) -> Usage:
-        gc.collect()
-        return cls(
-            descriptors=len(os.listdir("/proc/self/fd")),
-            maps=len(Path("/proc/self/maps").read_text().splitlines()),
-            tasks=len(os.listdir("/proc/self/task")),
-            rss_nbytes=int(Path("/proc/self/statm").read_text().split()[1]) * PAGE,
-            objects=len(gc.get_objects()),
-            generations=sum(type(item) is Generation for item in gc.get_objects()),
-        )
+def verify_constant(step: Callable[[int], object], num: int) -> None:
+    assert_no_leak(step, num=num, max_objects_per_step=0.1)
 
 
 @pytest.fixture
@@ -64,28 +34,6 @@ def make() -> Chain:
     chain = Chain(width=WIDTH)
     chain.load_state_dict(make_state(0, width=WIDTH))
     return chain
-
-
-def measure(step: Callable[[int], object], num: int) -> tuple[Usage, Usage]:
-    """Run `step` `num` times; return what the process had half-way, and at the end."""
-    start = num // 2
-    for index in range(start):
-        step(index)
-    before = Usage.look()
-    for index in range(start, num):
-        step(index)
-    return before, Usage.look()
-
-
-def verify_constant(step: Callable[[int], object], num: int) -> None:
-    before, after = measure(step, num)
-    assert after.descriptors == before.descriptors
-    assert wait_until(lambda: len(os.listdir("/proc/self/task")) <= before.tasks)
-    assert after.maps <= before.maps + 16  # stacks of ended threads that glibc keeps
-    swaps = num - num // 2
-    assert after.rss_nbytes - before.rss_nbytes < SETTLING_NBYTES + MAX_GROWTH_PER_SWAP * swaps
-    assert (after.objects - before.objects) / swaps < 0.1
-    assert after.generations <= before.generations
 
 
 def swap_files(slot: hotglm.ModuleSlot, directory: Path) -> Callable[[int], object]:

@@ -20,7 +20,7 @@ from hotglm.events import Event, HeldEvent
 from hotglm.seam import Seam
 from hotglm.slot import memory
 from hotglm.slot.memory import RESERVE_NBYTES, read_available_nbytes
-from support.faulty_seam import fail_with, hooked
+from hotglm.testing.seams import fail_with, hooked
 from support.universal import Chain, World, make_state, universal
 
 WIDTH, DEPTH = 64, 3

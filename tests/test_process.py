@@ -35,7 +35,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 ENDINGS = """
     import os, select, signal, threading, time
     import torch, hotglm
-    from support.faulty_seam import hooked, only_nth
+    from hotglm.testing.seams import hooked, only_nth
     from support.universal import Chain, make_state
 
     def start(point, ending, ready):

@@ -29,8 +29,8 @@ from hotglm.events import (
     SupersededEvent,
 )
 from hotglm.slot.generation import State
+from hotglm.testing.seams import hooked, only_nth, pause
 from support.chain_slot import X, answer, heard, kinds, make, slot, stage  # noqa: F401 - fixtures are used by name
-from support.faulty_seam import hooked, only_nth, pause
 from support.universal import World, make_state, universal
 
 

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hotglm import seam
 from hotglm.errors import ArgumentError, CallableCheckError, GoldenMismatchError, Problem, WarmUpError, shorten_repr
 from hotglm.problem import describe_exception
 
-__all__ = ["Golden", "GradMode", "Inputs", "StagePolicy", "run_checks"]
+__all__ = ["Golden", "GradMode", "Inputs", "StagePolicy", "call_with", "find_differences", "run_checks"]
 
 Inputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 """Arguments of one pass: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -217,6 +218,7 @@ def call_with(module: nn.Module, inputs: Inputs) -> Any:
 def _run_warm_up(module: nn.Module, warm_up: tuple[Inputs, ...]) -> None:
     for index, inputs in enumerate(warm_up):
         try:
+            seam.active.reach("warm_up")
             call_with(module, inputs)
         except Exception as error:
             raise WarmUpError(
@@ -234,7 +236,7 @@ def _compare_goldens(module: nn.Module, goldens: tuple[Golden, ...]) -> None:
             message = f"{golden.name}: expected an output, got {describe_exception(error)}"
             problems.append(Problem(code="GOLDEN_MISMATCH", message=message))
             continue
-        for where, message in _find_differences(golden.outputs, found, golden):
+        for where, message in find_differences(golden.outputs, found, golden):
             problems.append(Problem(code="GOLDEN_MISMATCH", message=f"{golden.name}{where}: {message}"))
     if problems:
         raise GoldenMismatchError(
@@ -244,7 +246,8 @@ def _compare_goldens(module: nn.Module, goldens: tuple[Golden, ...]) -> None:
         )
 
 
-def _find_differences(expected: Any, found: Any, golden: Golden, where: str = "") -> Iterator[tuple[str, str]]:
+def find_differences(expected: Any, found: Any, golden: Golden, where: str = "") -> Iterator[tuple[str, str]]:
+    """Yield where `found` differs from `expected` by more than the tolerances of `golden`, and how."""
     if isinstance(expected, torch.Tensor):
         if message := _describe_difference(expected, found, golden):
             yield where, message
@@ -255,7 +258,7 @@ def _find_differences(expected: Any, found: Any, golden: Golden, where: str = ""
     elif dataclasses.is_dataclass(expected) and type(found) is type(expected):
         for part in dataclasses.fields(expected):
             one, other = getattr(expected, part.name), getattr(found, part.name)
-            yield from _find_differences(one, other, golden, f"{where}.{part.name}")
+            yield from find_differences(one, other, golden, f"{where}.{part.name}")
     elif not _is_equal(expected, found):
         yield where, f"expected {shorten_repr(expected)}, got {shorten_repr(found)}"
 
@@ -272,7 +275,7 @@ def _find_in_mapping(expected: Mapping[Any, Any], found: Any, golden: Golden, wh
     if set(expected) != keys:
         yield where, f"expected the keys {sorted(map(str, expected))}, got {sorted(map(str, keys))}"
     for key in [key for key in expected if key in keys]:
-        yield from _find_differences(expected[key], found[key], golden, f"{where}[{key!r}]")
+        yield from find_differences(expected[key], found[key], golden, f"{where}[{key!r}]")
 
 
 def _find_in_sequence(
@@ -282,7 +285,7 @@ def _find_in_sequence(
         yield where, f"expected {len(expected)} outputs, got {shorten_repr(type(found).__name__)}"
         return
     for index, (one, other) in enumerate(zip(expected, found, strict=True)):
-        yield from _find_differences(one, other, golden, f"{where}[{index}]")
+        yield from find_differences(one, other, golden, f"{where}[{index}]")
 
 
 def _describe_difference(expected: torch.Tensor, found: object, golden: Golden) -> str | None:

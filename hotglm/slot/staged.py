@@ -18,6 +18,7 @@ from typing import Self
 
 from torch import nn
 
+from hotglm import seam
 from hotglm.errors import DiscardedError, SlotStateError, SupersededError
 from hotglm.slot.generation import Generation, State
 from hotglm.slot.memory import MemoryPlan
@@ -195,6 +196,7 @@ class StageRecord:
         """Time one part of the stage."""
         started = time.perf_counter()
         try:
+            seam.active.reach(f"stage.{part}")
             yield
         finally:
             self.timings.append(StageTiming(part=part, duration_s=time.perf_counter() - started, nbytes=nbytes))

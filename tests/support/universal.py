@@ -21,8 +21,7 @@ import itertools
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -33,8 +32,9 @@ from torch import nn
 import hotglm
 from hotglm.errors import HotglmError
 from hotglm.events import Event, RefusedEvent
+from hotglm.testing.waiting import wait_until
 
-__all__ = ["Chain", "Outcome", "World", "make_state", "universal", "wait_until"]
+__all__ = ["Chain", "Outcome", "World", "make_state", "universal"]
 
 _MAPS_SLACK = 32
 LEAK_WAIT_S = 10.0
@@ -64,17 +64,6 @@ def make_state(number: int, *, width: int = 8, depth: int = 3) -> dict[str, torc
         tensors[f"layers.{layer}.weight"] = torch.full((width, width), value / width)
         tensors[f"layers.{layer}.bias"] = torch.full((width,), float(value))
     return tensors
-
-
-def wait_until(condition: Callable[[], bool], *, timeout_s: float = 10.0) -> bool:
-    """Look at `condition` until it holds, at most for `timeout_s`; return whether it did."""
-    pause = threading.Event()
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        pause.wait(0.002)
-    return True
 
 
 class World:

@@ -1,4 +1,8 @@
-"""Operating systems that fail on demand: a seam whose Nth call of a kind is somebody else's to decide."""
+"""Operating systems that fail on demand: a seam whose Nth call of a kind is somebody else's to decide.
+
+Rules this module keeps: what is not meddled with goes to the real operating system, and every call is counted, from any
+thread. `hotglm.testing.faults` is the form for users; here is what it is made of.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +90,7 @@ def fail_with(kind: str, error: Callable[[], BaseException]) -> Callable[[tuple[
 def pause(reached: threading.Event, go_on: threading.Event) -> Callable[[tuple[Any, ...]], object]:
     """Return a hook that tells that a call has come, and holds it until it may go on, for 30 s at most."""
 
-    def wait(args: tuple[Any, ...]) -> object:
+    def wait(_: tuple[Any, ...]) -> object:
         reached.set()
         go_on.wait(30)
         return None
