@@ -19,8 +19,9 @@ import hotglm
 from hotglm import seam
 from hotglm.errors import SourceReadError
 from hotglm.slot import memory
+from hotglm.testing.waiting import wait_until
 from support.scripts import run_script
-from support.universal import Chain, World, make_state, universal, wait_until
+from support.universal import Chain, World, make_state, universal
 
 
 @pytest.fixture

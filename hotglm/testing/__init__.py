@@ -34,3 +34,28 @@ __all__ = [
     "assert_refused",
     "assert_swap_equals_cold",
 ]
+
+_EXPORTS = {
+    "FAULT_KINDS": "hotglm.testing.faults",
+    "FaultPlan": "hotglm.testing.faults",
+    "InjectedFaultError": "hotglm.testing.faults",
+    "Tolerance": "hotglm.testing.traffic",
+    "Traffic": "hotglm.testing.traffic",
+    "assert_faults_change_nothing": "hotglm.testing.assertions",
+    "assert_no_leak": "hotglm.testing.usage",
+    "assert_no_recompile": "hotglm.testing.assertions",
+    "assert_no_torn_pass": "hotglm.testing.assertions",
+    "assert_refused": "hotglm.testing.assertions",
+    "assert_swap_equals_cold": "hotglm.testing.assertions",
+}
+"""The module that each public name is fetched from."""
+
+if not TYPE_CHECKING:  # a type checker that saw this would take every misspelt name for a public one
+
+    def __getattr__(name: str) -> object:
+        """Fetch a public name from its module, and keep it."""
+        if name not in _EXPORTS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value

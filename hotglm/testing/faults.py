@@ -31,16 +31,17 @@ class InjectedFaultError(RuntimeError):
 
 
 _CALLS: Mapping[str, tuple[str, ...]] = {
-    "close": ("close",),
-    "fstat": ("fstat",),
-    "listdir": ("listdir",),
     "map": ("map_anonymous",),
-    "open": ("open",),
     "populate": ("populate",),
-    "read": ("pread", "preadv"),
     "start_thread": ("start_thread",),
+    "listdir": ("listdir",),
+    "open": ("open",),
+    "fstat": ("fstat",),
+    "read": ("pread", "preadv"),
+    "close": ("close",),
 }
-"""Kinds of fault that are calls to the operating system: the seam's own names for each."""
+"""Kinds of fault that are calls to the operating system: the seam's own names for each. Memory comes first, because a
+slot maps it in its first updates only."""
 
 _PARTS = ("open", "decide", "plan", "memory", "copy", "load", "refresh", "check")
 _PLACES = ("migration_step", "warm_up", *(f"stage.{part}" for part in _PARTS))

@@ -24,6 +24,8 @@ _MAX_GROWTH_PER_STEP = 100
 """Bytes. A leaked arena is 16 KiB of memory per swap, a leaked generation hundreds of objects, tens of KiB; what may
 grow is what the allocator has not given back: once `_SETTLING_NBYTES`, and 26 bytes per swap after that, as measured
 over swaps 7,000 to 10,000."""
+_VANISHING_S = 10.0
+"""How long a thread that was joined may take to vanish from /proc."""
 _KEPT_MAPS = 16
 """Stacks of ended threads that glibc keeps."""
 
@@ -91,7 +93,7 @@ def assert_no_leak(
     for index in range(half, num):
         step(index)
     after = Usage.look()
-    wait_until(lambda: len(os.listdir("/proc/self/task")) <= before.tasks + max_new_tasks)  # joined, but not gone yet
+    wait_until(lambda: len(os.listdir("/proc/self/task")) <= before.tasks + max_new_tasks, timeout_s=_VANISHING_S)
     tasks = len(os.listdir("/proc/self/task"))
     num_steps = num - half
     grown = [
