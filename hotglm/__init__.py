@@ -15,8 +15,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hotglm.breakage import Breakage, find_breakages, required_bump
-    from hotglm.contract import CallSpec, ConfigSpec, Contract, StateSpec
+    from hotglm.breakage import Breakage, required_bump
+    from hotglm.call_spec import CallSpec
+    from hotglm.comparison import find_breakages
+    from hotglm.config_spec import ConfigSpec
+    from hotglm.contract import Contract, StateSpec
     from hotglm.errors import (
         ArgumentError,
         CallableCheckError,
@@ -146,10 +149,10 @@ _EXPORTS: dict[str, str] = {
     "ArgumentError": "hotglm.errors",
     "Breakage": "hotglm.breakage",
     "Bump": "hotglm.version",
-    "CallSpec": "hotglm.contract",
+    "CallSpec": "hotglm.call_spec",
     "CallableCheckError": "hotglm.errors",
     "CheckError": "hotglm.errors",
-    "ConfigSpec": "hotglm.contract",
+    "ConfigSpec": "hotglm.config_spec",
     "ConflictError": "hotglm.errors",
     "Contract": "hotglm.contract",
     "DefinitionError": "hotglm.errors",
@@ -203,7 +206,7 @@ _EXPORTS: dict[str, str] = {
     "VersionSyntaxError": "hotglm.errors",
     "WarmUpError": "hotglm.errors",
     "contract_of": "hotglm.model.inspection",
-    "find_breakages": "hotglm.breakage",
+    "find_breakages": "hotglm.comparison",
     "refresh": "hotglm.model.derived",
     "required_bump": "hotglm.breakage",
     "save_weights": "hotglm.model.save",

@@ -1,24 +1,24 @@
-"""What differs between two contracts in a way that somebody can notice, and how big a step that calls for.
+"""The kinds of differences between two contracts that somebody can notice, and how big a step each calls for.
 
 Rules this module keeps:
 
-- One class per kind of difference; the class says who notices (`bump`), the fields say what changed.
-- `find_breakages(c, c)` is empty for every contract `c`, and a part that one side does not know (None) is not compared.
-- `find_` functions never raise. Every difference is found, not only the first.
-- MAJOR is what makes a call or a config that worked fail or mean something else. A state layout that differs is MINOR:
-  no caller sees it, but the spare cannot be filled without new code or a migration.
+- One class per kind of difference; the class says who notices (`bump`) and what to do about it (`remedy`), the fields
+  say what changed. `hotglm.comparison` finds them.
+- MAJOR is what makes a call or a config that worked fail or mean something else; another default is one of these,
+  because whoever left the argument out gets other behaviour. A state layout that differs is MINOR: no caller sees it,
+  but the spare cannot be filled without new code or a migration.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hotglm.contract import ArgumentSpec, CallSpec, ConfigSpec, Contract, StateSpec, pair_arguments
-from hotglm.errors import shorten_repr
+from hotglm.contract import StateSpec
+from hotglm.problem import escape_text, shorten_repr
 from hotglm.version import Bump
 
 __all__ = [
@@ -29,9 +29,11 @@ __all__ = [
     "Breakage",
     "CapabilityGained",
     "CapabilityLost",
+    "ConfigDefaultChanged",
     "ConfigDefaultRemoved",
     "ConfigFieldRemoved",
     "ConfigFieldTypeChanged",
+    "DefaultChanged",
     "DefaultRemoved",
     "DtypeChanged",
     "KindChanged",
@@ -44,8 +46,6 @@ __all__ = [
     "TensorMissing",
     "TensorUnexpected",
     "TieChanged",
-    "find_breakages",
-    "find_unfilled",
     "required_bump",
 ]
 
@@ -55,12 +55,14 @@ class Breakage:
     """One difference between two contracts that somebody can notice.
 
     Attributes:
-        subject: the tensor, argument, field or capability it is about.
+        subject: the tensor, argument, output, field or capability it is about.
         bump: how big a step of the version it calls for.
+        remedy: what would make it go away, as a clause without a full stop.
     """
 
     bump: ClassVar[Bump] = Bump.MAJOR
     clause: ClassVar[str]  # what `explain` says, with a field's value for its name in braces
+    remedy: ClassVar[str]
     subject: str
 
     @property
@@ -77,6 +79,11 @@ class Breakage:
         """Return it as JSON values."""
         common = {"code": self.code, "bump": self.bump.value, "message": self.explain()}
         return common | dataclasses.asdict(self)
+
+
+def required_bump(breakages: Iterable[Breakage]) -> Bump:
+    """Return the biggest step that any of `breakages` calls for, NONE when there are none."""
+    return max((breakage.bump for breakage in breakages), default=Bump.NONE)
 
 
 def _spell(value: object) -> str:
@@ -96,6 +103,7 @@ class TensorMissing(Breakage):
 
     bump = Bump.MINOR
     clause = "tensor {subject} ({old}) is missing"
+    remedy = "keep the tensor, or register a migration that renames or drops it"
     old: StateSpec
 
 
@@ -105,6 +113,7 @@ class TensorUnexpected(Breakage):
 
     bump = Bump.MINOR
     clause = "tensor {subject} ({new}) was not there before"
+    remedy = "leave the tensor out, or register a migration that adds it with an initialiser"
     new: StateSpec
 
 
@@ -114,6 +123,7 @@ class ShapeChanged(Breakage):
 
     bump = Bump.MINOR
     clause = "tensor {subject} went from shape {old} to {new}"
+    remedy = "keep the shape, or register a migration that pads, slices or reshapes it"
     old: tuple[int, ...]
     new: tuple[int, ...]
 
@@ -124,6 +134,7 @@ class DtypeChanged(Breakage):
 
     bump = Bump.MINOR
     clause = "tensor {subject} went from {old} to {new}"
+    remedy = "keep the dtype, register a migration that casts it, or stage with StagePolicy(convert_dtypes=True)"
     old: str
     new: str
 
@@ -134,6 +145,7 @@ class PersistenceChanged(Breakage):
 
     bump = Bump.MINOR
     clause = "tensor {subject} went from persistent={old} to persistent={new}"
+    remedy = "keep `persistent` as it was, or register a migration that adds or drops the tensor"
     old: bool
     new: bool
 
@@ -144,6 +156,7 @@ class TieChanged(Breakage):
 
     bump = Bump.MINOR
     clause = "tensor {subject} went from tied={old} to tied={new}"
+    remedy = "keep the tie, or register a migration that ties or unties the names"
     old: str | None
     new: str | None
 
@@ -154,6 +167,7 @@ class KindChanged(Breakage):
 
     bump = Bump.MINOR
     clause = "tensor {subject} went from {old} to {new}"
+    remedy = "nothing for files, which hold both alike; an optimizer sees another set of parameters"
     old: str
     new: str
 
@@ -167,6 +181,7 @@ class ArgumentRemoved(Breakage):
     """
 
     clause = "argument {subject} was removed"
+    remedy = "take the argument and ignore it until the next major version"
     swallowed_by: str | None = None
 
     def explain(self) -> str:
@@ -180,6 +195,7 @@ class ArgumentRenamed(Breakage):
     """A positional argument that callers could also name has another name."""
 
     clause = "argument {subject} was renamed to {new}"
+    remedy = "keep the name, or take both names until the next major version"
     new: str
 
 
@@ -188,6 +204,7 @@ class RequiredArgumentAdded(Breakage):
     """There is a new argument that callers must pass."""
 
     clause = "argument {subject} was added without a default"
+    remedy = "give the argument a default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +213,7 @@ class OptionalArgumentAdded(Breakage):
 
     bump = Bump.MINOR
     clause = "optional argument {subject} was added"
+    remedy = "nothing for callers of the old version; they need not pass it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +221,7 @@ class ArgumentKindChanged(Breakage):
     """An argument can no longer be passed in a way it could, e.g. by position."""
 
     clause = "argument {subject} was {old} and is now {new}"
+    remedy = "let it be passed in every way it could be before"
     old: str
     new: str
 
@@ -212,6 +231,21 @@ class DefaultRemoved(Breakage):
     """An argument that callers could leave out must now be passed."""
 
     clause = "argument {subject} lost its default, so callers must now pass it"
+    remedy = "give the argument its default again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DefaultChanged(Breakage):
+    """An argument that callers may leave out means something else then; both defaults as text."""
+
+    clause = "the default of argument {subject} went from {old} to {new}"
+    remedy = "keep the default, or take None for one that is worked out"
+    old: str
+    new: str
+
+    def explain(self) -> str:
+        """Return a clause that says what changed; the defaults as they are written in code."""
+        return _explain_default("argument", self.subject, self.old, self.new)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +253,7 @@ class ArgumentsReordered(Breakage):
     """Values passed by position reach other arguments than before; `subject` is the first that moved."""
 
     clause = "positional arguments went from {old} to {new}"
+    remedy = "keep the order, and add new arguments last or by keyword only"
     old: tuple[str, ...]
     new: tuple[str, ...]
 
@@ -228,6 +263,7 @@ class ConfigFieldRemoved(Breakage):
     """A config field that configs could set is gone."""
 
     clause = "config field {subject} was removed"
+    remedy = "keep the field, or register a config migration that drops or renames it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +271,7 @@ class ConfigFieldTypeChanged(Breakage):
     """A config field has another type."""
 
     clause = "config field {subject} went from type {old} to {new}"
+    remedy = "accept both types, or register a config migration that converts the value"
     old: str
     new: str
 
@@ -244,6 +281,7 @@ class RequiredConfigFieldAdded(Breakage):
     """There is a new config field that configs must set."""
 
     clause = "config field {subject} was added without a default"
+    remedy = "give the field a default, or register a config migration that adds it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +290,7 @@ class OptionalConfigFieldAdded(Breakage):
 
     bump = Bump.MINOR
     clause = "optional config field {subject} was added"
+    remedy = "nothing for configs of the old version; they need not set it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +298,26 @@ class ConfigDefaultRemoved(Breakage):
     """A config field that configs could leave out must now be set."""
 
     clause = "config field {subject} lost its default, so configs must now set it"
+    remedy = "give the field its default again, or register a config migration that adds it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigDefaultChanged(Breakage):
+    """A config that leaves a field out makes another model than before; both defaults as text."""
+
+    clause = "the default of config field {subject} went from {old} to {new}"
+    remedy = "keep the default, or register a config migration that writes the old one into configs without it"
+    old: str
+    new: str
+
+    def explain(self) -> str:
+        """Return a clause that says what changed; the defaults as they are written in code."""
+        return _explain_default("config field", self.subject, self.old, self.new)
+
+
+def _explain_default(kind: str, subject: str, old: str, new: str) -> str:
+    before, after = (escape_text(text, limit=80) for text in (old, new))
+    return f"the default of {kind} {shorten_repr(subject)} went from {before} to {after}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +325,7 @@ class CapabilityLost(Breakage):
     """The version can no longer do something that it promised."""
 
     clause = "capability {subject} was lost"
+    remedy = "provide the capability again, or say so with a major version"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,124 +334,4 @@ class CapabilityGained(Breakage):
 
     bump = Bump.MINOR
     clause = "capability {subject} was gained"
-
-
-# -- finding -----------------------------------------------------------------------------------------------------------
-
-
-def find_breakages(old: Contract, new: Contract) -> Iterator[Breakage]:
-    """Yield everything that a step from `old` to `new` changes, state first, in the order of the contracts."""
-    yield from _find_in_state(old.state, new.state)
-    if old.call is not None and new.call is not None:
-        yield from _find_in_call(old.call, new.call)
-    if old.config is not None and new.config is not None:
-        yield from _find_in_config(old.config, new.config)
-    yield from (CapabilityLost(subject=name) for name in sorted(old.capabilities - new.capabilities))
-    yield from (CapabilityGained(subject=name) for name in sorted(new.capabilities - old.capabilities))
-
-
-def find_unfilled(code: Contract, offered: Contract) -> Iterator[Breakage]:
-    """Yield what keeps the tensors `offered` from filling the persistent state of `code` exactly.
-
-    In what it yields, `code` is the old side. Any one name of a tied group fills the whole group. Non-persistent
-    buffers are not filled from outside, so they are not missing when absent and are unexpected when present.
-    """
-    persistent = {name: spec for name, spec in code.state.items() if spec.persistent}
-    filled_groups = {persistent[name].tied or name for name in offered.state if name in persistent}
-    for name, spec in persistent.items():
-        if name in offered.state:
-            yield from _find_in_layout(spec, offered.state[name])
-        elif (spec.tied or name) not in filled_groups:
-            yield TensorMissing(subject=name, old=spec)
-    yield from (TensorUnexpected(subject=n, new=spec) for n, spec in offered.state.items() if n not in persistent)
-
-
-def required_bump(breakages: Iterable[Breakage]) -> Bump:
-    """Return the biggest step that any of `breakages` calls for, NONE when there are none."""
-    return max((breakage.bump for breakage in breakages), default=Bump.NONE)
-
-
-def _find_in_state(old: Mapping[str, StateSpec], new: Mapping[str, StateSpec]) -> Iterator[Breakage]:
-    for name, spec in old.items():
-        if name not in new:
-            yield TensorMissing(subject=name, old=spec)
-            continue
-        yield from _find_in_layout(spec, new[name])
-        yield from _find_in_registration(spec, new[name])
-    yield from (TensorUnexpected(subject=name, new=spec) for name, spec in new.items() if name not in old)
-
-
-def _find_in_layout(old: StateSpec, new: StateSpec) -> Iterator[Breakage]:
-    if old.shape != new.shape:
-        yield ShapeChanged(subject=old.name, old=old.shape, new=new.shape)
-    if old.dtype != new.dtype:
-        yield DtypeChanged(subject=old.name, old=old.dtype, new=new.dtype)
-
-
-def _find_in_registration(old: StateSpec, new: StateSpec) -> Iterator[Breakage]:
-    if old.kind is None or new.kind is None:
-        return  # a file's view, which knows nothing of how tensors are registered
-    if old.kind != new.kind:
-        yield KindChanged(subject=old.name, old=old.kind, new=new.kind)
-    if old.persistent != new.persistent:
-        yield PersistenceChanged(subject=old.name, old=old.persistent, new=new.persistent)
-    if old.tied != new.tied:
-        yield TieChanged(subject=old.name, old=old.tied, new=new.tied)
-
-
-def _find_in_config(old: ConfigSpec, new: ConfigSpec) -> Iterator[Breakage]:
-    olds, news = ({field.name: field for field in spec.fields} for spec in (old, new))
-    for name, field in olds.items():
-        if name not in news:
-            yield ConfigFieldRemoved(subject=name)
-            continue
-        if field.type != news[name].type:
-            yield ConfigFieldTypeChanged(subject=name, old=field.type, new=news[name].type)
-        if field.has_default and not news[name].has_default:
-            yield ConfigDefaultRemoved(subject=name)
-    for name in (name for name in news if name not in olds):
-        yield (OptionalConfigFieldAdded if news[name].has_default else RequiredConfigFieldAdded)(subject=name)
-
-
-def _find_in_call(old: CallSpec, new: CallSpec) -> Iterator[Breakage]:
-    pairs = pair_arguments(old, new)
-    kept, filled = {before for before, _ in pairs}, {after for _, after in pairs}
-    for argument in (argument for argument in old.arguments if argument not in kept):
-        yield ArgumentRemoved(subject=argument.label, swallowed_by=_find_swallower(argument, new))
-    takes_any_name = any(argument.kind == "VAR_KEYWORD" for argument in old.arguments)
-    for before, after in pairs:
-        yield from _find_in_argument(before, after, takes_any_name=takes_any_name)
-    yield from _find_reordered(old, new, pairs)
-    for argument in (argument for argument in new.arguments if argument not in filled):
-        is_optional = argument.has_default or argument.is_variadic
-        yield (OptionalArgumentAdded if is_optional else RequiredArgumentAdded)(subject=argument.label)
-
-
-def _find_in_argument(before: ArgumentSpec, after: ArgumentSpec, *, takes_any_name: bool) -> Iterator[Breakage]:
-    if before.kind == "POSITIONAL_OR_KEYWORD" and before.name != after.name:
-        yield ArgumentRenamed(subject=before.name, new=after.name)
-    # Beside `**kwargs`, callers could pass the name of a positional-only argument as a name of their own.
-    takes_name = takes_any_name and before.kind == "POSITIONAL_ONLY" and "name" in after.ways
-    if takes_name or not before.ways <= after.ways:
-        yield ArgumentKindChanged(subject=after.name, old=before.kind, new=after.kind)
-    if before.has_default and not after.has_default:
-        yield DefaultRemoved(subject=after.name)
-
-
-def _find_swallower(removed: ArgumentSpec, new: CallSpec) -> str | None:
-    swallowing = {"position": "VAR_POSITIONAL", "name": "VAR_KEYWORD"}
-    kinds = {swallowing[way] for way in removed.ways if not removed.is_variadic}
-    return next((argument.label for argument in new.arguments if argument.kind in kinds), None)
-
-
-def _find_reordered(
-    old: CallSpec, new: CallSpec, pairs: Sequence[tuple[ArgumentSpec, ArgumentSpec]]
-) -> Iterator[Breakage]:
-    """Compare the places of the arguments that both sides take by position; `*args` is the last place of all."""
-    old_label = {after.label: before.label for before, after in pairs if "position" in before.ways & after.ways}
-    kept = list(old_label.values())
-    places = [old_label.get(a.label, a.label) for a in new.arguments if "position" in a.ways]
-    moved = next((label for place, label in enumerate(kept) if places[place] != label), None)
-    if moved is not None:
-        before, after = (tuple(a.label for a in spec.arguments if "position" in a.ways) for spec in (old, new))
-        yield ArgumentsReordered(subject=moved, old=before, new=after)
+    remedy = "nothing for users of the old version"

@@ -6,39 +6,27 @@ Rules this module keeps:
 - Names of dtypes are torch's without the prefix (`"float32"`); this module knows neither torch nor files.
 - A part that nobody knows is `None`, never an empty part: an empty call interface is a promise, an unknown one is not.
 - Annotations are compared as text and are never evaluated.
+- As JSON values and back: `Contract.from_dict(contract.to_dict()) == contract`.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = [
-    "ArgumentSpec",
-    "CallSpec",
-    "ConfigSpec",
-    "Contract",
-    "FieldSpec",
-    "StateKind",
-    "StateSpec",
-    "pair_arguments",
-]
+from hotglm.call_spec import ARGUMENT_KINDS, ArgumentSpec, CallSpec
+from hotglm.config_spec import ConfigSpec, FieldSpec
+from hotglm.errors import ArgumentError
+from hotglm.output_spec import OutputSpec, Recording, ValueSpec
+from hotglm.record import RecordReader, write_record
+
+__all__ = ["CONTRACT_SCHEMA", "Contract", "StateKind", "StateSpec"]
 
 StateKind = Literal["parameter", "buffer"]
 """What a module registers a tensor as."""
-
-_WAYS = {
-    "POSITIONAL_ONLY": frozenset({"position"}),
-    "POSITIONAL_OR_KEYWORD": frozenset({"position", "name"}),
-    "KEYWORD_ONLY": frozenset({"name"}),
-    "VAR_POSITIONAL": frozenset({"position"}),
-    "VAR_KEYWORD": frozenset({"name"}),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,142 +52,6 @@ class StateSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArgumentSpec:
-    """One argument of a call interface.
-
-    Attributes:
-        name: its name, without stars.
-        kind: name of the `inspect.Parameter` kind, e.g. `"KEYWORD_ONLY"`.
-        has_default: whether a caller may leave it out; False for `*args` and `**kwargs`.
-    """
-
-    name: str
-    kind: str
-    has_default: bool
-
-    @property
-    def ways(self) -> frozenset[str]:
-        """The ways to pass a value to it: `"position"`, `"name"` or both."""
-        return _WAYS[self.kind]
-
-    @property
-    def is_variadic(self) -> bool:
-        """Whether it is `*args` or `**kwargs`."""
-        return self.kind.startswith("VAR_")
-
-    @property
-    def label(self) -> str:
-        """Its name as it is written in a signature: `x`, `*args`, `**kwargs`."""
-        stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
-        return stars.get(self.kind, "") + self.name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallSpec:
-    """How a module is called: the arguments of its `forward`, in order."""
-
-    arguments: tuple[ArgumentSpec, ...]
-
-    @classmethod
-    def of(cls, function: Callable[..., object]) -> CallSpec | None:
-        """Return the call interface of `function`, without `self`; None where Python cannot tell it.
-
-        >>> CallSpec.of(lambda x, *, scale=1.0: x).arguments[1]
-        ArgumentSpec(name='scale', kind='KEYWORD_ONLY', has_default=True)
-        """
-        try:
-            parameters = list(inspect.signature(function).parameters.values())
-        except (TypeError, ValueError):  # built-in or otherwise opaque: unknown, which is never compared
-            return None
-        # A bound method has lost its `self` already; a function taken from a class still carries it first.
-        if parameters and parameters[0].name == "self" and not inspect.ismethod(function):
-            del parameters[0]
-        return cls(
-            arguments=tuple(
-                ArgumentSpec(name=p.name, kind=p.kind.name, has_default=p.default is not inspect.Parameter.empty)
-                for p in parameters
-            )
-        )
-
-
-def pair_arguments(old: CallSpec, new: CallSpec) -> tuple[tuple[ArgumentSpec, ArgumentSpec], ...]:
-    """Return each argument of `old` with the one that takes its place in `new`, in the order of `old`.
-
-    Two arguments are the same when they have the same name, or are both `*args` or both `**kwargs`. Else a positional
-    one was renamed if a positional one that is new stands at its place.
-    """
-    known = {_identify(argument) for argument in old.arguments}
-    same = {_identify(argument): argument for argument in new.arguments}
-    renamed = {
-        place: argument
-        for place, argument in enumerate(new.arguments)
-        if "position" in argument.ways and not argument.is_variadic and _identify(argument) not in known
-    }
-    pairs = []
-    for place, before in enumerate(old.arguments):
-        after = same.get(_identify(before))
-        if after is None and "position" in before.ways and not before.is_variadic:
-            after = renamed.get(place)
-        if after is not None:
-            pairs.append((before, after))
-    return tuple(pairs)
-
-
-def _identify(argument: ArgumentSpec) -> tuple[str, str]:
-    return (argument.kind, "") if argument.is_variadic else ("", argument.name)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FieldSpec:
-    """One field of a config.
-
-    Attributes:
-        name: its name.
-        type: its annotation as normalised text, empty for none; `Optional[int]`, `None | int` and `int | None` are one.
-        has_default: whether a config may leave it out.
-    """
-
-    name: str
-    type: str
-    has_default: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConfigSpec:
-    """The fields of a config, in the order declared."""
-
-    fields: tuple[FieldSpec, ...]
-
-    @classmethod
-    def of(cls, config: Callable[..., object] | None) -> ConfigSpec | None:
-        """Return what `config`, a dataclass or any callable that takes fields by name, can be made from.
-
-        None for None and for a callable whose signature Python cannot tell: both mean unknown.
-
-        >>> ConfigSpec.of(lambda width, depth=2: None).fields[1]
-        FieldSpec(name='depth', type='', has_default=True)
-        """
-        if config is None:
-            return None
-        try:
-            parameters = inspect.signature(config).parameters.values()
-        except (TypeError, ValueError):
-            return None
-        module = getattr(config, "__module__", None)
-        return cls(
-            fields=tuple(
-                FieldSpec(
-                    name=parameter.name,
-                    type=_spell_type(parameter.annotation, module=module),
-                    has_default=parameter.default is not inspect.Parameter.empty,
-                )
-                for parameter in parameters
-                if not parameter.kind.name.startswith("VAR_")
-            )
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Contract:
     """Everything about a version that a file, a caller or an operator can notice, apart from its values.
 
@@ -209,6 +61,7 @@ class Contract:
         config: the config schema; None where unknown.
         capabilities: words for what the version can do, chosen by its author.
         requires: PEP 508 requirements of the code, e.g. `"torch>=2.6"`.
+        outputs: what it gives back, as recorded from golden inputs; None where unknown.
     """
 
     state: Mapping[str, StateSpec] = field(default_factory=dict)
@@ -216,6 +69,7 @@ class Contract:
     config: ConfigSpec | None = None
     capabilities: frozenset[str] = frozenset()
     requires: tuple[str, ...] = ()
+    outputs: OutputSpec | None = None
 
     def __post_init__(self) -> None:
         """Take a private read-only copy of the state mapping."""
@@ -237,21 +91,35 @@ class Contract:
     def to_dict(self) -> dict[str, object]:
         """Return it as JSON values, in a fixed order."""
         return {
-            "state": [dataclasses.asdict(spec) for spec in self.state.values()],
-            "call": None if self.call is None else [dataclasses.asdict(a) for a in self.call.arguments],
-            "config": None if self.config is None else [dataclasses.asdict(f) for f in self.config.fields],
+            "schema": CONTRACT_SCHEMA,
+            "state": write_record(tuple(self.state.values())),
+            "call": None if self.call is None else write_record(self.call.arguments),
+            "config": None if self.config is None else write_record(self.config.fields),
             "capabilities": sorted(self.capabilities),
             "requires": list(self.requires),
+            "outputs": None if self.outputs is None else write_record(self.outputs.recordings),
         }
+
+    @classmethod
+    def from_dict(cls, document: object) -> Contract:
+        """Return the contract that `to_dict` wrote; strict, because a contract that is misread proves nothing.
+
+        Args:
+            document: JSON values, as `json.loads` gives them.
+
+        Raises:
+            ArgumentError: `document` is not what `to_dict` writes; everything that is wrong is named.
+        """
+        return _read_contract(document)
 
     def __hash__(self) -> int:
         """Hash by value; the order of the state counts no more than it does for `==`."""
         state = frozenset(self.state.values())
-        return hash((state, self.call, self.config, self.capabilities, self.requires))
+        return hash((state, self.call, self.config, self.capabilities, self.requires, self.outputs))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle and copy by value: a read-only mapping view can be neither."""
-        values = (dict(self.state), self.call, self.config, self.capabilities, self.requires)
+        values = (dict(self.state), self.call, self.config, self.capabilities, self.requires, self.outputs)
         return (_rebuild, values)
 
 
@@ -261,57 +129,73 @@ def _rebuild(
     config: ConfigSpec | None,
     capabilities: frozenset[str],
     requires: tuple[str, ...],
+    outputs: OutputSpec | None,
 ) -> Contract:
-    return Contract(state=state, call=call, config=config, capabilities=capabilities, requires=requires)
+    return Contract(
+        state=state, call=call, config=config, capabilities=capabilities, requires=requires, outputs=outputs
+    )
 
 
-def _spell_type(annotation: object, *, module: str | None) -> str:
-    """Return an annotation as normalised text, so that a rewrite by a formatter is not a change of type."""
-    if annotation is inspect.Parameter.empty:
-        return ""
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation, base_module=module)
-    try:
-        return ast.unparse(_UnionSpelling().visit(ast.parse(text.strip(), mode="eval")))
-    except (SyntaxError, ValueError, RecursionError):
-        return " ".join(text.split())
+# -- as JSON values ----------------------------------------------------------------------------------------------------
+
+CONTRACT_SCHEMA = "hotglm.contract/1"
+"""What the document of a contract says it is; its number changes when its meaning does."""
+
+_PARTS = ("schema", "state", "call", "config", "capabilities", "requires", "outputs")
 
 
-class _UnionSpelling(ast.NodeTransformer):
-    """Spell `typing.X` as `X`, and every union as `A | B` in alphabetical order with None last."""
+def _read_contract(document: object) -> Contract:
+    reader = RecordReader(code="BAD_CONTRACT")
+    parts = reader.read_members(document, _PARTS, where="contract")
+    if parts["schema"] != CONTRACT_SCHEMA:
+        reader.add(f"{CONTRACT_SCHEMA!r}", parts["schema"], where="schema")
+    state = reader.read_all(StateSpec, parts["state"], where="state")
+    call = None if parts["call"] is None else reader.read_all(ArgumentSpec, parts["call"], where="call")
+    config = None if parts["config"] is None else reader.read_all(FieldSpec, parts["config"], where="config")
+    outputs = None if parts["outputs"] is None else reader.read_all(Recording, parts["outputs"], where="outputs")
+    capabilities = reader.read_all(str, parts["capabilities"], where="capabilities")
+    requires = reader.read_all(str, parts["requires"], where="requires")
+    for place, spec in enumerate(state):
+        _verify_sizes(spec.shape, reader, where=f"state[{place}].shape")
+    for place, argument in enumerate(call or ()):
+        if argument.kind not in ARGUMENT_KINDS:
+            reader.add(f"one of {', '.join(ARGUMENT_KINDS)}", argument.kind, where=f"call[{place}].kind")
+    for place, recording in enumerate(outputs or ()):
+        for side in ("inputs", "output"):
+            _verify_value(getattr(recording, side), reader, where=f"outputs[{place}].{side}")
+    _verify_distinct([spec.name for spec in state], reader, where="state")
+    _verify_distinct([argument.name for argument in call or ()], reader, where="call")
+    _verify_distinct([one.name for one in config or ()], reader, where="config")
+    _verify_distinct(capabilities, reader, where="capabilities")
+    if reader.problems:
+        raise ArgumentError(
+            "Expected a contract as Contract.to_dict writes it.",
+            problems=reader.problems,
+            remedy="write it again with Contract.to_dict().",
+        )
+    return Contract(
+        state={spec.name: spec for spec in state},
+        call=None if call is None else CallSpec(arguments=call),
+        config=None if config is None else ConfigSpec(fields=config),
+        capabilities=frozenset(capabilities),
+        requires=requires,
+        outputs=None if outputs is None else OutputSpec(recordings=outputs),
+    )
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(value=None) if node.id == "NoneType" else node
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        is_typing = isinstance(node.value, ast.Name) and node.value.id in ("typing", "t")
-        return ast.Name(id=node.attr, ctx=ast.Load()) if is_typing else node
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        self.generic_visit(node)
-        match node.value, node.slice:
-            case ast.Name(id="Optional"), inner:
-                return _union([inner, ast.Constant(value=None)])
-            case ast.Name(id="Union"), ast.Tuple(elts=members):
-                return _union(members)
-            case ast.Name(id="Union"), inner:
-                return inner
-        return node
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        self.generic_visit(node)
-        return _union([node.left, node.right]) if isinstance(node.op, ast.BitOr) else node
+def _verify_distinct(names: Iterable[str], reader: RecordReader, *, where: str) -> None:
+    for name, num in Counter(names).items():
+        if num > 1:
+            reader.add("each name once", name, where=where)
 
 
-def _union(members: list[ast.expr]) -> ast.expr:
-    flat = {ast.unparse(leaf): leaf for member in members for leaf in _flatten(member)}
-    leaves = [flat[text] for text in sorted(flat, key=lambda text: (text == "None", text))]
-    union = leaves[0]
-    for leaf in leaves[1:]:
-        union = ast.BinOp(left=union, op=ast.BitOr(), right=leaf)
-    return union
+def _verify_sizes(shape: Iterable[int | None], reader: RecordReader, *, where: str) -> None:
+    for size in shape:
+        if size is not None and size < 0:
+            reader.add("a size of 0 or more", size, where=where)
 
 
-def _flatten(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _flatten(node.left) + _flatten(node.right)
-    return [node]
+def _verify_value(spec: ValueSpec, reader: RecordReader, *, where: str) -> None:
+    _verify_sizes(spec.shape or (), reader, where=f"{where}.shape")
+    for name, part in spec.parts:
+        _verify_value(part, reader, where=f"{where}.{name}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Problem", "describe_exception", "shorten_repr"]
+__all__ = ["Problem", "describe_exception", "escape_text", "shorten_repr"]
 
 _NOT_PRINTABLE = re.compile(r"[^\x20-\x7e]")
 
@@ -66,7 +66,16 @@ def describe_exception(error: BaseException, *, limit: int = 400) -> str:
     except Exception:  # noqa: BLE001 - the text of a foreign exception is foreign code
         text = "(its text cannot be had)"
     plain = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return _shorten(_NOT_PRINTABLE.sub(_escape, _shorten(plain, 4 * limit)), limit)
+    return escape_text(plain, limit=limit)
+
+
+def escape_text(text: str, *, limit: int = 120) -> str:
+    r"""Return text that is not to be quoted on one line of plain ASCII, cut in the middle to about `limit` characters.
+
+    >>> escape_text("(1, 'a')\x1b[31m")
+    "(1, 'a')\\x1b[31m"
+    """
+    return _shorten(_NOT_PRINTABLE.sub(_escape, _shorten(text, 4 * limit)), limit)
 
 
 def _escape(match: re.Match[str]) -> str:

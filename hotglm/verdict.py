@@ -20,10 +20,9 @@ from hotglm.breakage import (
     ShapeChanged,
     TensorMissing,
     TensorUnexpected,
-    find_breakages,
-    find_unfilled,
     required_bump,
 )
+from hotglm.comparison import find_breakages, find_unfilled
 from hotglm.contract import Contract
 from hotglm.environment import Environment, find_unmet
 from hotglm.errors import IncompatibleError, Problem, shorten_repr

@@ -26,12 +26,22 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "breakage",
+            "call_spec",
+            "comparison",
+            "compatibility",
+            "config_spec",
             "contract",
             "document",
             "environment",
+            "environment_comparison",
             "header",
             "manifest",
             "migration",
+            "output_breakage",
+            "output_comparison",
+            "output_spec",
+            "record",
+            "spelling",
             "tensor_entry",
             "verdict",
         }

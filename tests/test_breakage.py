@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotglm import breakage
+from hotglm import breakage, output_breakage
 from hotglm.breakage import (
     ArgumentKindChanged,
     ArgumentRemoved,
@@ -19,9 +19,11 @@ from hotglm.breakage import (
     Breakage,
     CapabilityGained,
     CapabilityLost,
+    ConfigDefaultChanged,
     ConfigDefaultRemoved,
     ConfigFieldRemoved,
     ConfigFieldTypeChanged,
+    DefaultChanged,
     DefaultRemoved,
     DtypeChanged,
     KindChanged,
@@ -34,12 +36,22 @@ from hotglm.breakage import (
     TensorMissing,
     TensorUnexpected,
     TieChanged,
-    find_breakages,
     required_bump,
 )
-from hotglm.contract import ArgumentSpec, CallSpec, Contract
+from hotglm.call_spec import ArgumentSpec, CallSpec
+from hotglm.comparison import find_breakages
+from hotglm.contract import Contract
+from hotglm.output_breakage import (
+    OutputAdded,
+    OutputDtypeChanged,
+    OutputRemoved,
+    OutputRenamed,
+    OutputShapeChanged,
+    OutputStructureChanged,
+)
+from hotglm.output_spec import ValueSpec
 from hotglm.version import Bump
-from support.contracts import contract, contracts, field, tensor
+from support.contracts import contract, contracts, field, named, output, recording, tensor
 
 Function = Callable[..., object]
 
@@ -53,6 +65,7 @@ def find_in_call(old: Function, new: Function) -> list[Breakage]:
 
 
 W = tensor("w")
+ANY = object()
 K, KO, PO = "POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY", "POSITIONAL_ONLY"
 
 STATE = [
@@ -140,7 +153,15 @@ CALL: list[tuple[Function, Function, list[Breakage]]] = [
     (lambda x, /: 0, lambda x: 0, []),
     (lambda x, /: 0, lambda ids, /: 0, []),
     (lambda x: 0, lambda x=1: 0, []),
-    (lambda x=1: 0, lambda x=2: 0, []),
+    (lambda x=ANY: 0, lambda x=2: 0, []),  # a default without a lasting text is unknown
+    (lambda x=(1, None): 0, lambda x=(1, None): 0, []),
+    (lambda x=1: 0, lambda x=1.0: 0, [DefaultChanged(subject="x", old="1", new="1.0")]),
+    (lambda x, *, y=None: 0, lambda x, *, y="": 0, [DefaultChanged(subject="y", old="None", new="''")]),
+    (
+        lambda x=1: 0,
+        lambda z=2: 0,
+        [ArgumentRenamed(subject="x", new="z"), DefaultChanged(subject="z", old="1", new="2")],
+    ),
     (lambda x, *rest, **more: 0, lambda x, *args, **kwargs: 0, []),
     (lambda *, x, y: 0, lambda *, y, x: 0, []),
 ]
@@ -159,11 +180,58 @@ CONFIG: list[tuple[Contract, Contract, Breakage]] = [
         contract(config=(field("n"),)),
         ConfigDefaultRemoved(subject="n"),
     ),
+    (
+        contract(config=(field("n", default="1"),)),
+        contract(config=(field("n", default="2"),)),
+        ConfigDefaultChanged(subject="n", old="1", new="2"),
+    ),
     (contract(capabilities=("embed",)), contract(), CapabilityLost(subject="embed")),
     (contract(), contract(capabilities=("embed",)), CapabilityGained(subject="embed")),
 ]
 
+LOGITS = output(2, 32000)
+OUTPUTS: list[tuple[ValueSpec, ValueSpec, Breakage, str]] = [
+    (
+        named(logits=LOGITS),
+        named(logits=output(2, 32064)),
+        OutputShapeChanged(subject="logits", old=(2, 32000), new=(2, 32064)),
+        "output 'logits' went from 32000 to 32064 wide",
+    ),
+    (
+        LOGITS,
+        output(32000, 2),
+        OutputShapeChanged(subject="result", old=(2, 32000), new=(32000, 2)),
+        "output 'result' went from shape [2, 32000] to [32000, 2]",
+    ),
+    (
+        LOGITS,
+        output(2, 32000, dtype="bfloat16"),
+        OutputDtypeChanged(subject="result", old="float32", new="bfloat16"),
+        "output 'result' went from 'float32' to 'bfloat16'",
+    ),
+    (
+        named(logits=LOGITS, loss=output()),
+        named(logits=LOGITS),
+        OutputRemoved(subject="loss"),
+        "output 'loss' was removed",
+    ),
+    (named(logits=LOGITS), named(logits=LOGITS, loss=output()), OutputAdded(subject="loss"), "'loss' was added"),
+    (
+        named(out=named(logits=LOGITS)),
+        named(out=named(scores=LOGITS)),
+        OutputRenamed(subject="out.logits", new="scores"),
+        "output 'out.logits' was renamed to 'scores'",
+    ),
+    (
+        LOGITS,
+        named(logits=LOGITS),
+        OutputStructureChanged(subject="result", old="a tensor", new="a mapping"),
+        "output 'result' went from a tensor to a mapping",
+    ),
+]
+
 EVERY_FOUND = [
+    *(expected for _, _, expected, _ in OUTPUTS),
     *(expected for _, _, expected, _ in STATE),
     *(one for _, _, expected in CALL for one in expected),
     *(expected for _, _, expected in CONFIG),
@@ -184,6 +252,13 @@ def test_a_changed_call_is_found(old: Function, new: Function, expected: list[Br
     assert find_in_call(old, new) == expected
 
 
+@pytest.mark.parametrize(("old", "new", "expected", "text"), OUTPUTS, ids=lambda value: type(value).__name__)
+def test_a_changed_output_is_found_and_explained(old: ValueSpec, new: ValueSpec, expected: Breakage, text: str) -> None:
+    """Each change of what comes back for the same inputs is one breakage, which says what changed."""
+    assert find(contract(outputs=recording(old)), contract(outputs=recording(new))) == [expected]
+    assert text in expected.explain()
+
+
 @pytest.mark.parametrize(("old", "new", "expected"), CONFIG, ids=lambda value: type(value).__name__)
 def test_a_changed_config_or_capability_is_found(old: Contract, new: Contract, expected: Breakage) -> None:
     """Each change of the config schema and the capabilities is one breakage."""
@@ -192,7 +267,7 @@ def test_a_changed_config_or_capability_is_found(old: Contract, new: Contract, e
 
 def test_every_class_is_found_by_some_test() -> None:
     """There is a case in this file for every public breakage."""
-    public = {name for name in breakage.__all__ if name[0].isupper()} - {"Breakage"}
+    public = {name for name in (*breakage.__all__, *output_breakage.__all__) if name[0].isupper()} - {"Breakage"}
     assert {type(found).__name__ for found in EVERY_FOUND} == public
 
 
@@ -207,6 +282,8 @@ def test_a_breakage_can_be_acted_on(found: Breakage) -> None:
     assert document["code"] == found.code
     assert document["bump"] == found.bump.value
     assert document["message"] == text
+    assert found.remedy
+    assert not found.remedy.endswith(".")
 
 
 def test_codes_are_upper_snake_words() -> None:
@@ -215,7 +292,7 @@ def test_codes_are_upper_snake_words() -> None:
     assert ArgumentsReordered(subject="x", old=(), new=()).code == "ARGUMENTS_REORDERED"
 
 
-@pytest.mark.parametrize("kind", [CapabilityGained, OptionalArgumentAdded, OptionalConfigFieldAdded])
+@pytest.mark.parametrize("kind", [CapabilityGained, OptionalArgumentAdded, OptionalConfigFieldAdded, OutputAdded])
 def test_what_is_only_added_is_minor(kind: type[Breakage]) -> None:
     """An optional addition calls for a minor step."""
     assert kind.bump is Bump.MINOR
@@ -229,10 +306,17 @@ def test_what_is_only_added_is_minor(kind: type[Breakage]) -> None:
         ArgumentRenamed,
         ArgumentsReordered,
         CapabilityLost,
+        ConfigDefaultChanged,
         ConfigDefaultRemoved,
         ConfigFieldRemoved,
         ConfigFieldTypeChanged,
+        DefaultChanged,
         DefaultRemoved,
+        OutputDtypeChanged,
+        OutputRemoved,
+        OutputRenamed,
+        OutputShapeChanged,
+        OutputStructureChanged,
         RequiredArgumentAdded,
         RequiredConfigFieldAdded,
     ],

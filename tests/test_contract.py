@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from hotglm.contract import ArgumentSpec, CallSpec, ConfigSpec, Contract, StateSpec, pair_arguments
+from hotglm.call_spec import ArgumentSpec, CallSpec, pair_arguments
+from hotglm.config_spec import ConfigSpec
+from hotglm.contract import Contract, StateSpec
 from support.contracts import call, contract, contracts, field, tensor
 
 
@@ -77,7 +79,7 @@ def test_self_is_no_argument(function: Any) -> None:
     assert CallSpec.of(function) == CallSpec(
         arguments=(
             ArgumentSpec(name="x", kind="POSITIONAL_OR_KEYWORD", has_default=False),
-            ArgumentSpec(name="scale", kind="KEYWORD_ONLY", has_default=True),
+            ArgumentSpec(name="scale", kind="KEYWORD_ONLY", has_default=True, default="1.0"),
         )
     )
 
@@ -149,7 +151,7 @@ def test_a_config_schema_is_what_its_dataclass_takes() -> None:
 def test_a_config_may_be_any_callable() -> None:
     """A function that takes fields by name is as good as a dataclass; what it swallows is no field."""
     schema = ConfigSpec.of(lambda width, *, depth=2, **more: None)
-    assert schema == ConfigSpec(fields=(field("width", ""), field("depth", "", has_default=True)))
+    assert schema == ConfigSpec(fields=(field("width", ""), field("depth", "", default="2")))
 
 
 def test_no_config_is_unknown() -> None:

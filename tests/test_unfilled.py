@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 
-from hotglm.breakage import find_unfilled
+from hotglm.comparison import find_unfilled
 from hotglm.contract import Contract
 from support.contracts import contract, contracts, tensor
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hotglm.breakage import Breakage, find_breakages, required_bump
+from hotglm.breakage import Breakage, required_bump
 from hotglm.commands.command import NO, OK, Command
 from hotglm.commands.console import (
     NAME_KEY,
@@ -16,6 +16,7 @@ from hotglm.commands.console import (
     show_count,
     show_headline,
 )
+from hotglm.comparison import find_breakages
 from hotglm.contract import Contract
 from hotglm.release.files import WeightFiles, open_weights
 from hotglm.version import Bump, Version

@@ -19,7 +19,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hotglm.contract import CallSpec, ConfigSpec, Contract, StateSpec
+from hotglm.call_spec import CallSpec
+from hotglm.config_spec import ConfigSpec
+from hotglm.contract import Contract, StateSpec
 from hotglm.errors import ModuleError, NotMaterializedError, Problem, UncopyableError, shorten_repr
 from hotglm.model.registry import find_definition
 from hotglm.weights.dtypes import dtype_name

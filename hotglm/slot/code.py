@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from hotglm.breakage import find_unfilled
+from hotglm.comparison import find_unfilled
 from hotglm.contract import Contract
 from hotglm.errors import DefinitionError
 from hotglm.model.derived import Marks

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 from hypothesis import strategies as st
 
-from hotglm.contract import ArgumentSpec, CallSpec, ConfigSpec, Contract, FieldSpec, StateKind, StateSpec
+from hotglm.call_spec import ArgumentSpec, CallSpec
+from hotglm.config_spec import ConfigSpec, FieldSpec
+from hotglm.contract import Contract, StateKind, StateSpec
+from hotglm.output_spec import OutputSpec, Recording, ValueSpec
 
-__all__ = ["call", "contract", "contracts", "field", "tensor"]
+__all__ = ["call", "contract", "contracts", "counted", "field", "named", "output", "recording", "tensor", "values"]
 
 
 def tensor(
@@ -24,9 +27,9 @@ def tensor(
     return StateSpec(name=name, shape=shape, dtype=dtype, kind=kind, persistent=persistent, tied=tied)
 
 
-def field(name: str, type_text: str = "int", *, has_default: bool = False) -> FieldSpec:
-    """Return a required int field, or what is asked for."""
-    return FieldSpec(name=name, type=type_text, has_default=has_default)
+def field(name: str, type_text: str = "int", *, has_default: bool = False, default: str | None = None) -> FieldSpec:
+    """Return a required int field, or what is asked for; one with a default need not be said to have one."""
+    return FieldSpec(name=name, type=type_text, has_default=has_default or default is not None, default=default)
 
 
 def call(function: Callable[..., object]) -> CallSpec:
@@ -42,6 +45,7 @@ def contract(
     config: tuple[FieldSpec, ...] | None = None,
     capabilities: tuple[str, ...] = (),
     requires: tuple[str, ...] = (),
+    outputs: OutputSpec | None = None,
 ) -> Contract:
     """Return the contract of these tensors, with the call interface of the function `call`."""
     return Contract(
@@ -50,11 +54,38 @@ def contract(
         config=ConfigSpec(fields=config) if config is not None else None,
         capabilities=frozenset(capabilities),
         requires=requires,
+        outputs=outputs,
+    )
+
+
+def output(*shape: int | None, dtype: str = "float32") -> ValueSpec:
+    """Return the layout of a tensor."""
+    return ValueSpec(kind="tensor", type=dtype, shape=shape)
+
+
+def named(**parts: ValueSpec) -> ValueSpec:
+    """Return the layout of a dictionary."""
+    return ValueSpec(kind="mapping", parts=tuple(parts.items()))
+
+
+def counted(*parts: ValueSpec) -> ValueSpec:
+    """Return the layout of a tuple."""
+    return ValueSpec(kind="tuple", parts=tuple((str(place), part) for place, part in enumerate(parts)))
+
+
+def recording(*outputs: ValueSpec, shapes: tuple[tuple[int, ...], ...] = ((2, 16), (3, 16))) -> OutputSpec:
+    """Return a recording of each output: the first from a tensor of the first of `shapes`, and so on."""
+    inputs = [counted(output(*shape, dtype="int64")) for shape in shapes]
+    return OutputSpec(
+        recordings=tuple(Recording(inputs=given, output=got) for given, got in zip(inputs, outputs, strict=False))
     )
 
 
 _NAMES = ("a", "b", "c", "d")
 _ORDER = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL", "KEYWORD_ONLY", "VAR_KEYWORD")
+
+
+_DEFAULTS = st.sampled_from([None, "1", "2"])
 
 
 @st.composite
@@ -66,14 +97,11 @@ def _call_specs(draw: st.DrawFn) -> CallSpec:
     )
     num_positional = sum(kind != "KEYWORD_ONLY" for kind in kinds)
     first_default = draw(st.integers(0, num_positional))
-    arguments = [
-        ArgumentSpec(
-            name=name,
-            kind=kind,
-            has_default=place >= first_default if kind != "KEYWORD_ONLY" else draw(st.booleans()),
-        )
-        for place, (name, kind) in enumerate(zip(names, kinds, strict=True))
-    ]
+    arguments = []
+    for place, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+        has_default = place >= first_default if kind != "KEYWORD_ONLY" else draw(st.booleans())
+        default = draw(_DEFAULTS) if has_default else None
+        arguments.append(ArgumentSpec(name=name, kind=kind, has_default=has_default, default=default))
     if draw(st.booleans()):
         arguments.insert(num_positional, ArgumentSpec(name="rest", kind="VAR_POSITIONAL", has_default=False))
     if draw(st.booleans()):
@@ -97,7 +125,7 @@ def contracts(draw: st.DrawFn) -> Contract:
         for name in names
     ]
     fields = [
-        field(name, draw(st.sampled_from(["int", "str"])), has_default=draw(st.booleans()))
+        field(name, draw(st.sampled_from(["int", "str"])), has_default=draw(st.booleans()), default=draw(_DEFAULTS))
         for name in draw(st.lists(st.sampled_from(_NAMES), unique=True))
     ]
     return Contract(
@@ -105,4 +133,47 @@ def contracts(draw: st.DrawFn) -> Contract:
         call=draw(st.none() | _call_specs()),
         config=draw(st.none() | st.just(ConfigSpec(fields=tuple(fields)))),
         capabilities=draw(st.frozensets(st.sampled_from(["generate", "embed"]))),
+        requires=tuple(draw(st.lists(st.sampled_from(["torch>=2.6", "numpy"]), unique=True))),
+        outputs=draw(st.none() | output_specs()),
     )
+
+
+_SIZES = st.sampled_from([None, 1, 2, 3])
+_LEAVES = st.one_of(
+    st.builds(
+        ValueSpec,
+        kind=st.sampled_from(["tensor", "array"]),
+        type=st.sampled_from(["", "float32", "int8"]),
+        shape=st.none() | st.lists(_SIZES, max_size=2).map(tuple),
+    ),
+    st.builds(ValueSpec, kind=st.just("value"), type=st.sampled_from(["NoneType", "int"])),
+    st.just(ValueSpec(kind="unknown")),
+)
+
+
+def _structures(parts: st.SearchStrategy[ValueSpec]) -> st.SearchStrategy[ValueSpec]:
+    return st.one_of(
+        st.lists(parts, max_size=2).map(lambda drawn: counted(*drawn)),
+        st.builds(
+            lambda kind, drawn: ValueSpec(kind=kind, parts=tuple(drawn.items())),
+            st.sampled_from(["mapping", "record", "mapping_record"]),
+            st.dictionaries(st.sampled_from(_NAMES[:3]), parts, max_size=3),
+        ),
+        st.builds(
+            lambda drawn: ValueSpec(kind="namedtuple", parts=tuple(zip(_NAMES, drawn, strict=False))),
+            st.lists(parts, max_size=2),
+        ),
+    )
+
+
+values: st.SearchStrategy[ValueSpec] = st.recursive(_LEAVES, _structures, max_leaves=4)
+"""Layouts of anything that may come back."""
+
+
+def output_specs() -> st.SearchStrategy[OutputSpec]:
+    """Draw recordings whose inputs often have the same layout, and often differ in sizes alone."""
+    inputs = st.builds(
+        lambda batch, length: counted(output(batch, length, dtype="int64")), st.integers(1, 2), st.integers(3, 4)
+    )
+    made = st.builds(Recording, inputs=inputs, output=values)
+    return st.lists(made, min_size=1, max_size=3, unique=True).map(lambda drawn: OutputSpec(recordings=tuple(drawn)))
