@@ -11,10 +11,10 @@ Rules this module keeps:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from hotglm.call_spec import CallSpec
 from hotglm.config_spec import ConfigSpec
 from hotglm.contract import Contract, StateSpec
 from hotglm.errors import ModuleError, NotMaterializedError, Problem, UncopyableError, shorten_repr
+from hotglm.model.recording import record_outputs
 from hotglm.model.registry import find_definition
 from hotglm.weights.dtypes import dtype_name
 
@@ -61,17 +62,20 @@ def find_state(module: nn.Module) -> Iterator[StateEntry]:
                 yield StateEntry(name=prefix + name, tensor=buffer, kind="buffer", persistent=persistent, owner=owner)
 
 
-def contract_of(module: nn.Module) -> Contract:
+def contract_of(module: nn.Module, *, inputs: Iterable[Any] = ()) -> Contract:
     """Return what `module` promises: its state, the signature of its `forward`, and what its `versioned` mark declares.
 
     Args:
         module: any module; its tensors are only looked at.
+        inputs: golden inputs, each one tensor, a tuple of positional arguments or a mapping of keyword arguments; a
+            copy of the module runs once for each, and what comes back is recorded. Two batch sizes prove more than one.
 
     Returns:
         The contract. `state` has every name, with `tied` naming the first name of its group.
 
     Raises:
         ModuleError: the module holds tensors that no slot can hold, all named.
+        ArgumentError: the module does not take some of `inputs`, all named.
     """
     verify_holdable(module)
     entries = list(find_state(module))
@@ -96,6 +100,7 @@ def contract_of(module: nn.Module) -> Contract:
         config=ConfigSpec.of(definition.config) if definition and definition.config else None,
         capabilities=definition.capabilities if definition else frozenset(),
         requires=definition.requires if definition else (),
+        outputs=record_outputs(module, inputs),
     )
 
 
