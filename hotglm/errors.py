@@ -29,6 +29,12 @@ The tree (`tests/test_errors.py` holds it equal to the classes):
     │   ├── NonFiniteError          NaN or infinity in the weights
     │   ├── RefreshError            a refresh of derived state raised
     │   └── WarmUpError             a warm-up pass raised
+    ├── MigrationError              no way from one version's config or state to another's
+    │   ├── AmbiguousPathError      two shortest paths; both are named
+    │   ├── MigrationGraphError     steps that contradict each other: a cycle, two heads, a second definition
+    │   ├── MigrationStepError      one step failed, in the dry run or on real tensors; nothing was changed
+    │   ├── NoPathError             no path; the nearest known versions are named
+    │   └── UnknownVersionError     what was found fits no known layout, or several
     ├── MemoryPlanError             the memory that is needed is not there; nothing was allocated
     ├── SlotStateError              the slot cannot do that now
     │   ├── ConflictError           another commit came first (compare-and-set)
@@ -46,16 +52,15 @@ The tree (`tests/test_errors.py` holds it equal to the classes):
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from hotglm.problem import Problem, shorten_repr
+from hotglm.problem import HotglmError, Problem, shorten_repr
 
 if TYPE_CHECKING:
-    from hotglm.slot.receipt import Receipt
     from hotglm.verdict import Verdict
 
 __all__ = [
+    "AmbiguousPathError",
     "ArgumentError",
     "CallableCheckError",
     "CheckError",
@@ -69,8 +74,12 @@ __all__ = [
     "HotglmError",
     "IncompatibleError",
     "MemoryPlanError",
+    "MigrationError",
+    "MigrationGraphError",
+    "MigrationStepError",
     "MissingExtraError",
     "ModuleError",
+    "NoPathError",
     "NoRollbackError",
     "NonFiniteError",
     "NotMaterializedError",
@@ -90,93 +99,11 @@ __all__ = [
     "TensorValueError",
     "ThreadStartError",
     "UncopyableError",
+    "UnknownVersionError",
     "VersionSyntaxError",
     "WarmUpError",
     "shorten_repr",
 ]
-
-_NUM_PROBLEMS_SHOWN = 20
-"""How many problems the text of an error spells out; `problems` always holds all of them."""
-
-
-class HotglmError(Exception):
-    """The root of all errors of this library.
-
-    Attributes:
-        code: stable upper-case word for logs and tests; that of the first problem where there is one.
-        problems: everything that is wrong, in the order found.
-        remedy: what to do about it; the last sentence of the text.
-        slot: name of the slot concerned, where there is one.
-        version: the version that was being staged, where there is one.
-        serving: the version that still serves, where there is one.
-        receipt: the record of the refused stage, where there was one.
-    """
-
-    code = "HOTGLM"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        problems: Iterable[Problem] = (),
-        remedy: str = "",
-        code: str | None = None,
-    ) -> None:
-        """Take the headline, the problems under it and the remedy."""
-        super().__init__(message)
-        self.message = message
-        self.problems = tuple(problems)
-        self.remedy = remedy
-        self.slot: str | None = None
-        self.version: str | None = None
-        self.serving: str | None = None
-        self.receipt: Receipt | None = None
-        if code is not None:
-            self.code = code
-        elif self.problems:
-            self.code = self.problems[0].code
-
-    @property
-    def file(self) -> str | None:
-        """Path of the file of the first problem that names one."""
-        return next((p.file for p in self.problems if p.file is not None), None)
-
-    @property
-    def tensor(self) -> str | None:
-        """Name of the tensor of the first problem that names one."""
-        return next((p.tensor for p in self.problems if p.tensor is not None), None)
-
-    @property
-    def offset(self) -> int | None:
-        """Byte offset of the first problem that names one."""
-        return next((p.offset for p in self.problems if p.offset is not None), None)
-
-    def with_slot(self, *, slot: str, version: str | None, serving: str | None) -> HotglmError:
-        """Note which slot and versions this concerns, where that is not known yet; return the error itself."""
-        self.slot = self.slot or slot
-        self.version = self.version or version
-        self.serving = self.serving or serving
-        return self
-
-    def __str__(self) -> str:
-        """Format headline, problems, what still serves and the remedy."""
-        head = self.message
-        if self.slot is not None:
-            staged = f", version {self.version}" if self.version else ""
-            head = f"[slot {self.slot!r}{staged}] {head}"
-        lines = [head]
-        lines += [f"  - {problem}" for problem in self.problems[:_NUM_PROBLEMS_SHOWN]]
-        if (more := len(self.problems) - _NUM_PROBLEMS_SHOWN) > 0:
-            lines.append(f"  - and {more} more (see `.problems`)")
-        if self.serving is not None:
-            lines.append(f"Version {self.serving} still serves, unchanged.")
-        if self.remedy:
-            lines.append(f"Remedy: {self.remedy}")
-        return "\n".join(lines) if len(lines) > 2 else " ".join(lines)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickle by attributes, so that an error survives the way out of a worker process."""
-        return (type(self), (self.message,), self.__dict__)
 
 
 class ArgumentError(HotglmError, ValueError):
@@ -308,6 +235,49 @@ class WarmUpError(CheckError):
     """A warm-up pass raised."""
 
     code = "WARM_UP_FAILED"
+
+
+class MigrationError(HotglmError):
+    """There is no way from one version's config or state to another's, or it failed; nothing was changed."""
+
+    code = "MIGRATION"
+
+
+class AmbiguousPathError(MigrationError):
+    """Two different shortest paths lead from one version to the other; the problems name both."""
+
+    code = "AMBIGUOUS_PATH"
+
+
+class MigrationGraphError(MigrationError):
+    """The steps contradict each other: a cycle, two heads, a gap, or a second definition of one step."""
+
+    code = "MIGRATION_GRAPH"
+
+
+class MigrationStepError(MigrationError):
+    """One step failed, in the dry run on names and shapes or on real tensors.
+
+    Attributes:
+        step: the step, as `"1.4 -> 2.0"` (`"2.0 -> 1.4"` on the way down); None where an operation was used alone.
+        operation: the operation or function that failed, as it was written.
+    """
+
+    code = "MIGRATION_STEP"
+    step: str | None = None
+    operation: str | None = None
+
+
+class NoPathError(MigrationError):
+    """No path of steps leads from one version to the other; the problems name the nearest known versions."""
+
+    code = "NO_PATH"
+
+
+class UnknownVersionError(MigrationError):
+    """What was found fits the layout of no known version, or of several; none is guessed."""
+
+    code = "UNKNOWN_VERSION"
 
 
 class MemoryPlanError(HotglmError, MemoryError):

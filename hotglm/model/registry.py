@@ -7,6 +7,8 @@ Rules this module keeps:
 - One class per name and version. The same class defined again (a notebook cell run twice, a module reloaded) replaces
   itself; another class is refused.
 - The registry holds classes, never instances, and imports nothing.
+- All versions of a name share one `Migrations`. A class has it as `migrations`, unless it has its own attribute of that
+  name, which is left alone; `migrations_of` finds it either way.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hotglm.errors import DefinitionError, shorten_repr
+from hotglm.migration.registry import Migrations
 from hotglm.problem import describe_exception
 from hotglm.version import Version, VersionRange
 
-__all__ = ["Definition", "find_definition", "find_definitions", "versioned"]
+__all__ = ["Definition", "find_definition", "find_definitions", "find_migrations", "migrations_of", "versioned"]
 
 _MARK = "__hotglm_definition__"
+_MIGRATIONS = "migrations"
 
 ModelClass = TypeVar("ModelClass", bound=type[nn.Module])
 
@@ -89,8 +93,25 @@ class Definition:
         )
 
 
+class _OnClass:
+    """The attribute `migrations` of a class, which its instances do not have.
+
+    On an instance it would hide a submodule, parameter or buffer of that name, which torch looks up only where nothing
+    else is found; raising AttributeError here sends Python on to that look-up.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type[object]) -> Migrations:
+        if instance is not None:
+            raise AttributeError(f"{owner.__qualname__!r} object has no attribute {_MIGRATIONS!r}")
+        return find_migrations(self._name)
+
+
 _lock = threading.Lock()
 _definitions: dict[str, dict[Version, Definition]] = {}
+_migrations: dict[str, Migrations] = {}
 
 
 def versioned(
@@ -138,6 +159,8 @@ def versioned(
         )
         _register(definition)
         setattr(model, _MARK, definition)
+        if isinstance(inspect.getattr_static(model, _MIGRATIONS, _OnClass(name)), _OnClass):
+            setattr(model, _MIGRATIONS, _OnClass(name))
         return model
 
     return mark
@@ -171,6 +194,30 @@ def find_definitions(name: str) -> tuple[Definition, ...]:
     with _lock:
         known = list(_definitions.get(name, {}).values())
     return tuple(sorted(known, key=lambda definition: definition.version, reverse=True))
+
+
+def find_migrations(name: str) -> Migrations:
+    """Return the migrations of the model `name`, one object for all its versions; empty until steps are registered."""
+    with _lock:
+        return _migrations.setdefault(name, Migrations(name))
+
+
+def migrations_of(model: type[nn.Module] | str) -> Migrations:
+    """Return the migrations of a model: of the name that its class was declared with, or of the name itself.
+
+    Raises:
+        DefinitionError: the class, or the nearest base that was declared, has no name.
+    """
+    if isinstance(model, str):
+        return find_migrations(model)
+    for base in inspect.getmro(model):
+        definition = find_definition(base)
+        if definition is not None:
+            return find_migrations(definition.name)
+    raise DefinitionError(
+        f"Expected a class with a name and a version, got {_origin(model)}.",
+        remedy="decorate it with @hotglm.versioned(name, version), or give the name of the model.",
+    )
 
 
 def read_config(module: nn.Module) -> Mapping[str, Any] | None:
