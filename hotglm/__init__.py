@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from hotglm.migration.plan import MigrationPath, StatePlan
     from hotglm.migration.registry import Migrations
     from hotglm.migration.tensor_spec import TensorSpec
+    from hotglm.migration.value_operations import Cast, Pad, Permute, Reshape, Scale, Slice, Transpose
     from hotglm.model.derived import refresh
     from hotglm.model.inspection import contract_of
     from hotglm.model.registry import migrations_of, versioned
@@ -100,6 +101,7 @@ __all__ = [
     "Bump",
     "CallSpec",
     "CallableCheckError",
+    "Cast",
     "CheckError",
     "Concatenate",
     "ConfigSpec",
@@ -139,6 +141,8 @@ __all__ = [
     "Normal",
     "NotMaterializedError",
     "Ones",
+    "Pad",
+    "Permute",
     "Problem",
     "Progress",
     "Receipt",
@@ -146,8 +150,11 @@ __all__ = [
     "RefreshError",
     "Rename",
     "RenameField",
+    "Reshape",
+    "Scale",
     "Session",
     "ShardIndexError",
+    "Slice",
     "SlotClosedError",
     "SlotStateError",
     "SourceChangedError",
@@ -169,6 +176,7 @@ __all__ = [
     "TensorValueError",
     "ThreadStartError",
     "Tie",
+    "Transpose",
     "UncopyableError",
     "UnknownVersionError",
     "Unstack",
@@ -198,6 +206,7 @@ _EXPORTS: dict[str, str] = {
     "Bump": "hotglm.version",
     "CallSpec": "hotglm.call_spec",
     "CallableCheckError": "hotglm.errors",
+    "Cast": "hotglm.migration.value_operations",
     "CheckError": "hotglm.errors",
     "Concatenate": "hotglm.migration.part_operations",
     "ConfigSpec": "hotglm.config_spec",
@@ -237,6 +246,8 @@ _EXPORTS: dict[str, str] = {
     "Normal": "hotglm.migration.initialisers",
     "NotMaterializedError": "hotglm.errors",
     "Ones": "hotglm.migration.initialisers",
+    "Pad": "hotglm.migration.value_operations",
+    "Permute": "hotglm.migration.value_operations",
     "Problem": "hotglm.errors",
     "Progress": "hotglm.slot.receipt",
     "Receipt": "hotglm.slot.receipt",
@@ -244,8 +255,11 @@ _EXPORTS: dict[str, str] = {
     "RefreshError": "hotglm.errors",
     "Rename": "hotglm.migration.operations",
     "RenameField": "hotglm.migration.config",
+    "Reshape": "hotglm.migration.value_operations",
+    "Scale": "hotglm.migration.value_operations",
     "Session": "hotglm.slot.holders",
     "ShardIndexError": "hotglm.errors",
+    "Slice": "hotglm.migration.value_operations",
     "SlotClosedError": "hotglm.errors",
     "SlotStateError": "hotglm.errors",
     "SourceChangedError": "hotglm.errors",
@@ -267,6 +281,7 @@ _EXPORTS: dict[str, str] = {
     "TensorValueError": "hotglm.errors",
     "ThreadStartError": "hotglm.errors",
     "Tie": "hotglm.migration.operations",
+    "Transpose": "hotglm.migration.value_operations",
     "UncopyableError": "hotglm.errors",
     "UnknownVersionError": "hotglm.errors",
     "Unstack": "hotglm.migration.part_operations",

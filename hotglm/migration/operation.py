@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from hotglm.errors import ArgumentError, MigrationStepError, Problem, shorten_repr
 from hotglm.migration.expression import Expression
 from hotglm.migration.naming import Match, NamePattern, NameTemplate
+from hotglm.migration.tensor_spec import normalise_dim
 
-__all__ = ["Operation", "Report", "State", "as_names", "replace_by_name", "verify_names"]
+__all__ = ["Operation", "Report", "State", "as_names", "find_dim", "replace_by_name", "verify_names"]
 
 State = dict[str, Expression]
 """The tensors of a state, while operations rewrite it."""
@@ -139,6 +140,16 @@ def replace_by_name(state: State, old: Sequence[str], new: Mapping[str, Expressi
                 "NAME_TAKEN", f"Expected the name {shorten_repr(name)} to be free, got a tensor there.", tensor=name
             )
         state[name] = expression
+
+
+def find_dim(dim: int, tensor: Expression, name: str, report: Report) -> int | None:
+    """Return `dim` counted from the front; a tensor that has none such is a problem."""
+    found = normalise_dim(dim, len(tensor.spec.shape))
+    if found is None:
+        report.add(
+            "NO_DIMENSION", f"Expected {shorten_repr(name)} to have a dimension {dim}, got {tensor.spec}.", tensor=name
+        )
+    return found
 
 
 def verify_names(names: object, what: str, *, least: int = 1) -> tuple[str, ...]:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.migration.expression import Expression, join, narrow, select, stack
 from hotglm.migration.naming import NamePattern, NameTemplate, turn_round
-from hotglm.migration.operation import Operation, Report, State, as_names, replace_by_name
+from hotglm.migration.operation import Operation, Report, State, as_names, find_dim, replace_by_name
 from hotglm.migration.tensor_spec import normalise_dim
 
-__all__ = ["Concatenate", "Split", "Stack", "Unstack", "find_dim"]
+__all__ = ["Concatenate", "Split", "Stack", "Unstack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,16 +236,6 @@ class Unstack(_Divide):
     def _invert(self) -> Operation | str:
         turned = self._turn()
         return turned if isinstance(turned, str) else Stack(*turned, dim=self.dim, optional=self.optional)
-
-
-def find_dim(dim: int, tensor: Expression, name: str, report: Report) -> int | None:
-    """Return `dim` counted from the front; a tensor that has none such is a problem."""
-    found = normalise_dim(dim, len(tensor.spec.shape))
-    if found is None:
-        report.add(
-            "NO_DIMENSION", f"Expected {shorten_repr(name)} to have a dimension {dim}, got {tensor.spec}.", tensor=name
-        )
-    return found
 
 
 def _verify_united(operation: _Unite) -> None:

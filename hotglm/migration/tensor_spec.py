@@ -14,7 +14,7 @@ from types import MappingProxyType
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.header import DTYPES
 
-__all__ = ["DTYPE_NBITS", "TensorSpec", "is_floating", "is_widening", "normalise_dim"]
+__all__ = ["COMPUTABLE_DTYPES", "DTYPE_NBITS", "TensorSpec", "is_integral", "is_widening", "normalise_dim"]
 
 DTYPE_NBITS: Mapping[str, int] = MappingProxyType(
     {info.torch_name: info.nbits for info in DTYPES.values() if info.torch_name} | {"complex128": 128}
@@ -27,6 +27,8 @@ _INTEGERS = {
     **{f"int{n}": (-(2 ** (n - 1)), 2 ** (n - 1) - 1) for n in (8, 16, 32, 64)},
 }
 _SIGNIFICAND_NBITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
+COMPUTABLE_DTYPES = frozenset({*_SIGNIFICAND_NBITS, "complex64", "complex128"})
+"""Dtypes in which torch multiplies on every device."""
 _FLOAT_WIDENINGS = {
     "float8_e4m3fn": {"float16", "bfloat16", "float32", "float64"},
     "float8_e5m2": {"float16", "bfloat16", "float32", "float64"},
@@ -74,9 +76,9 @@ class TensorSpec:
         return f"{self.dtype} {list(self.shape)}"
 
 
-def is_floating(dtype: str) -> bool:
-    """Tell whether `dtype` holds real floating-point numbers."""
-    return dtype.startswith(("float", "bfloat"))
+def is_integral(dtype: str) -> bool:
+    """Tell whether `dtype` holds whole numbers or truth values."""
+    return dtype in _INTEGERS
 
 
 def is_widening(narrow: str, wide: str) -> bool:
