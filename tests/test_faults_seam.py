@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture(autouse=True)
 def workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load as large weights are loaded: by workers, whose start is one more call that can fail."""
-    monkeypatch.setattr("hotglm.weights.loader._SMALL_NBYTES", 0)
+    monkeypatch.setattr("hotglm.weights.proof._SMALL_NBYTES", 0)
 
 
 def test_a_sharded_release_uses_every_kind_of_reading_call(world: World) -> None:

@@ -26,8 +26,9 @@ from hotglm.release.files import WeightFiles, open_weights
 from hotglm.testing.seams import hooked, read_one_byte
 from hotglm.weights import loader
 from hotglm.weights.dtypes import LOADABLE_DTYPES
-from hotglm.weights.loader import Loaded, LoadOptions, load_files, load_tensors
+from hotglm.weights.loader import load_files, load_tensors
 from hotglm.weights.plan import plan_reads
+from hotglm.weights.proof import Loaded, LoadOptions
 from hotglm.weights.workers import Cancellation
 from support.bytes_maker import entry, make_file
 from support.spares import Spare, random_tensor

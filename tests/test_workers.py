@@ -20,8 +20,9 @@ from hotglm.slot import staging
 from hotglm.testing.seams import hooked
 from hotglm.weights import loader, workers
 from hotglm.weights.finite import find_nonfinite
-from hotglm.weights.loader import LoadOptions, load_files, load_tensors
+from hotglm.weights.loader import load_files, load_tensors
 from hotglm.weights.plan import plan_reads
+from hotglm.weights.proof import LoadOptions
 from hotglm.weights.workers import Cancellation, computing_alone, run_tasks, yield_gil_when_due
 from support.spares import Spare
 

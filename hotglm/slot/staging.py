@@ -50,8 +50,9 @@ from hotglm.version import Bump, Version
 from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.digest import combine_digests, digest_tensor
 from hotglm.weights.layout import Layout
-from hotglm.weights.loader import Loaded, LoadOptions, Target, load_files, load_tensors
+from hotglm.weights.loader import load_files, load_tensors
 from hotglm.weights.plan import CHUNK_NBYTES
+from hotglm.weights.proof import Loaded, LoadOptions, Target
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks
 
 __all__ = ["StageRequest", "stage_version"]

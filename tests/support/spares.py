@@ -8,7 +8,7 @@ import torch
 
 from hotglm.model.extents import extent_nbytes
 from hotglm.weights.arena import ALIGNMENT, Arena, Lease
-from hotglm.weights.loader import Target
+from hotglm.weights.proof import Target
 
 __all__ = ["Spare", "random_tensor"]
 
