@@ -9,7 +9,7 @@ Rules this module keeps:
   as it is written. Nothing but torch is needed for it.
 - A tied tensor of a module is written once, under its first name; of a mapping, every name is.
 - The metadata keys are those that staging reads: `hotglm.name`, `hotglm.version`, `hotglm.config`, `hotglm.requires`,
-  `hotglm.digests`.
+  `hotglm.digests`, `hotglm.module_versions`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from hotglm.environment import MAX_REQUIREMENTS, Unmet, find_distinct, parse_req
 from hotglm.errors import ArgumentError, HeaderError, Problem, SourceError, shorten_repr
 from hotglm.header import DEFAULT_LIMITS, DTYPES, PREFIX_NBYTES, TensorEntry, format_header, parse_header
 from hotglm.model.inspection import find_state, find_tensor_fault
+from hotglm.model.module_versions import KEY as MODULE_VERSIONS_KEY
+from hotglm.model.module_versions import find_module_versions, format_module_versions
 from hotglm.model.registry import find_definition, read_config
 from hotglm.model.whole_file import verify_path, write_whole
 from hotglm.problem import describe_exception
@@ -49,6 +51,9 @@ def save_weights(
     requires: Collection[str] = (),
 ) -> dict[str, str]:
     """Write the weights of a module, or a mapping of tensors, to one safetensors file; return the digests by name.
+
+    The versions that modules give their state (`state_dict()._metadata`) are written beside them; see
+    `model/module_versions.py`.
 
     A reader of `path` sees the old file or the new one, never a part. On an error `path` is as it was, unless what
     failed is the last step, flushing the directory: then the new file is there, whole, and may be gone after a crash.
@@ -168,11 +173,13 @@ def _describe(
         raise ArgumentError(f"Expected text as name, got {shorten_repr(name)}.", remedy="pass a string.")
     fields = read_config(module) if config is None and module is not None else config
     chosen = version if version is not None else definition.version if definition else None
+    parts = find_module_versions(source)
     metadata = {
         "hotglm.name": name or (definition.name if definition else None),
         "hotglm.version": None if chosen is None else str(Version(chosen)),
         "hotglm.config": None if fields is None else _format_config(fields),
         "hotglm.requires": _format_requirements(requires),
+        MODULE_VERSIONS_KEY: None if parts is None else format_module_versions(parts),
     }
     return {key: value for key, value in metadata.items() if value is not None}
 

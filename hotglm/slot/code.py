@@ -4,16 +4,19 @@ Rules this module keeps:
 
 - A class registered for exactly the version that is staged is preferred: that is new code.
 - Else the live structure (its class built anew, if the offer brings another config), if it can read the version and its
-  layout fits; else another registered class that says it
-  reads that version. If nothing fits, the live structure is named, so that the verdict can say what is wrong with it.
+  layout fits, by way of a migration where one lies between; else another registered class that says it reads that
+  version. If nothing fits, the live structure is named, so that the verdict can say what is wrong with it.
+- A slot that was given migrations keeps its own code: what arrives is brought to it, whatever classes are registered.
 - Building a class draws no random numbers and touches no memory for weights: its initialisers are skipped in this
   thread alone, because every weight is filled from the source afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,56 +25,157 @@ from torch.overrides import TorchFunctionMode
 
 from hotglm.comparison import find_unfilled
 from hotglm.contract import Contract
-from hotglm.errors import DefinitionError
+from hotglm.errors import DefinitionError, MigrationError, NoPathError
+from hotglm.migration.registry import Migrations
 from hotglm.model.derived import Marks
 from hotglm.model.inspection import contract_of
-from hotglm.model.registry import Definition, find_definition, find_definitions, read_config
+from hotglm.model.registry import Definition, find_definition, find_definitions, find_migrations, read_config
 from hotglm.slot.generation import Generation
+from hotglm.slot.migrating import migrate_config, migrate_offer, stamp_offer, upgrade_offer
 from hotglm.slot.source import Offer
 from hotglm.version import Version, VersionRange
 from hotglm.weights.dtypes import TORCH_DTYPES
 
-__all__ = ["Code", "choose_code"]
+__all__ = ["Code", "Question", "choose_code"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
-    """A module to copy structurally, with its contract.
+    """A module to copy structurally, with its contract, and what it is to hold.
 
     Attributes:
         module: the structure; its weights are not used.
         contract: what it promises.
+        version: the version whose layout it has.
         reads: the versions of weights it can read; None for all that fit.
         is_new: whether it is not the live generation's own structure.
+        offer: what it is offered, after the migration to its version.
+        stamped: the version of the offer, where it was concluded from its layout.
+        gap: why there is no migration to its version, where one was looked for.
         marks: its loose tensors as they were before passes ran in it; None for code that has run no pass here.
     """
 
     module: nn.Module
     contract: Contract
+    version: Version
     reads: VersionRange | None
     is_new: bool
+    offer: Offer
+    stamped: Version | None = None
+    gap: NoPathError | None = None
     marks: Marks | None = None
 
+    def can_hold(self, version: Version | None) -> bool:
+        """Whether it can read `version`, and what it is offered fills it."""
+        readable = self.reads is None or version is None or version in self.reads
+        return readable and next(find_unfilled(self.contract, self.offer.contract), None) is None
 
-def choose_code(offer: Offer, *, live: Generation, version: Version | None) -> Code:
-    """Return the code that is to hold `offer` (see the rules above).
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What code is looked for.
+
+    Attributes:
+        offer: the opened source, as it is.
+        live: the generation that serves.
+        version: of the offer's weights, where it is known.
+        migrations: those that the slot was given, if it was.
+        config: what is to be built from in place of the offer's config; for the code's own version.
+        is_stamped: whether `version` was concluded from the layout.
+    """
+
+    offer: Offer
+    live: Generation
+    version: Version | None
+    migrations: Migrations | None = None
+    config: Mapping[str, Any] | None = None
+    is_stamped: bool = False
+
+    def migrations_of(self, definition: Definition | None) -> Migrations | None:
+        """Return the migrations that lead to a class; None where there is no step."""
+        found = self.migrations
+        if found is None and definition is not None:
+            found = find_migrations(definition.name)
+        return found if found is not None and found.history() else None
+
+
+def choose_code(question: Question) -> Code:
+    """Return the code that is to hold the offer (see the rules above).
 
     Raises:
         DefinitionError: the chosen class cannot be built from the config.
+        MigrationError: a migration lies between, and is ambiguous or does not fit.
+        UnknownVersionError: weights without a version, which do not fit, and of which no one layout is known.
+        IncompatibleError: torch's own modules would have to compute with the values.
     """
+    offer, live, version = question.offer, question.live, question.version
     if offer.module is not None:
-        reads = offer.definition.reads if offer.definition else None
-        return Code(module=offer.module, contract=contract_of(offer.module), reads=reads, is_new=True)
+        return _take_module(question, offer.module)
     own = find_definition(type(live.module))
     others = [d for d in find_definitions(own.name if own else live.name) if d is not own]
+    if question.migrations is not None:
+        others = []
     is_same_release = version is None or version.public == live.version.public
     exact = None if is_same_release else _find_exact(others, version)
     if exact is not None:
-        return _build(exact, offer, live)
-    current = _current(offer, live)
-    if version is None or _can_hold(current, offer, version):
-        return current
-    return _find_reader(others, offer, live, version) or current
+        return _build(exact, question)
+    if version is None:
+        return _choose_unversioned(question, own)
+    return _choose_reader(question, others, version)
+
+
+def _take_module(question: Question, module: nn.Module) -> Code:
+    definition = question.offer.definition
+    version = definition.version if definition is not None else question.version or question.live.code_version
+    return Code(
+        module=module,
+        contract=contract_of(module),
+        version=version,
+        reads=definition.reads if definition is not None else None,
+        is_new=True,
+        offer=question.offer,
+    )
+
+
+def _choose_unversioned(question: Question, own: Definition | None) -> Code:
+    """Return the live structure, for weights that carry no version: as they are, or stamped where they do not fit."""
+    migrations, live = question.migrations_of(own), question.live
+    if migrations is None:
+        return _current(question)
+    with contextlib.suppress(DefinitionError):  # its config is one of another version
+        current = _current(question)
+        if current.can_hold(None):
+            return current
+    code_version = own.version if own is not None else live.code_version
+    stamped = stamp_offer(question.offer, migrations, code=code_version, contract=live.contract)
+    return replace(_current(replace(question, version=stamped, is_stamped=True)), stamped=stamped)
+
+
+def _choose_reader(question: Question, others: list[Definition], version: Version) -> Code:
+    """Return the live structure or the newest other class that reads `version` and holds the offer.
+
+    What cannot be built or migrated is passed over, if something else holds the offer.
+    """
+    failure: DefinitionError | MigrationError | None = None
+    found: list[Code] = []
+    try:
+        found.append(_current(question))
+    except MigrationError as error:
+        failure = error
+    for definition in others:
+        if found and found[-1].can_hold(version):
+            return found[-1]
+        if definition.reads is not None and version not in definition.reads:
+            continue
+        try:
+            found.append(_build(definition, question))
+        except (DefinitionError, MigrationError) as error:
+            failure = failure or error
+    if found and found[-1].can_hold(version):
+        return found[-1]
+    if failure is not None:
+        raise failure
+    return found[0]
 
 
 def _find_exact(definitions: list[Definition], version: Version | None) -> Definition | None:
@@ -79,47 +183,65 @@ def _find_exact(definitions: list[Definition], version: Version | None) -> Defin
     return next((d for d in same if d.version == version), same[0] if same else None)
 
 
-def _find_reader(definitions: list[Definition], offer: Offer, live: Generation, version: Version) -> Code | None:
-    """Return the newest other class that reads `version` and holds the offer; pass over what cannot be built."""
-    failure: DefinitionError | None = None
-    for definition in definitions:
-        if definition.reads is not None and version not in definition.reads:
-            continue
-        try:
-            built = _build(definition, offer, live)
-        except DefinitionError as error:
-            failure = failure or error
-            continue
-        if _can_hold(built, offer, version):
-            return built
-    if failure is not None:
-        raise failure
-    return None
-
-
-def _current(offer: Offer, live: Generation) -> Code:
+def _current(question: Question) -> Code:
     """Return the live structure, or its own class built anew where the offer brings another config."""
+    live = question.live
     own = find_definition(type(live.module))
-    if own is not None and own.config is not None and offer.config is not None:
+    if own is None or own.config is None:
+        return _reuse(question, own)
+    offer, gap = _adapt(question, own)
+    if offer.config is None:
+        return _reuse(question, own)
+    try:
         config = own.make_config(offer.config)
-        # A config that changes no shape (heads, an epsilon, an activation) changes answers all the same.
-        return _build(own, offer, live) if config != getattr(live.module, "config", None) else _reuse(live)
-    return _reuse(live)
+    except DefinitionError:
+        if gap is None:
+            raise
+        raise gap from None  # it does not fit because no migration leads here
+    # A config that changes no shape (heads, an epsilon, an activation) changes answers all the same.
+    return _build(own, question) if config != getattr(live.module, "config", None) else _reuse(question, own)
 
 
-def _reuse(live: Generation) -> Code:
-    own = find_definition(type(live.module))
-    reads = own.reads if own else None
-    return Code(module=live.module, contract=live.contract, reads=reads, is_new=False, marks=live.marks)
+def _reuse(question: Question, own: Definition | None) -> Code:
+    live = question.live
+    offer, gap = _adapt(question, own)
+    return Code(
+        module=live.module,
+        contract=live.contract,
+        version=own.version if own is not None else live.code_version,
+        reads=own.reads if own else None,
+        is_new=False,
+        offer=upgrade_offer(offer, live.module),
+        gap=gap,
+        marks=live.marks,
+    )
 
 
-def _can_hold(code: Code, offer: Offer, version: Version) -> bool:
-    readable = code.reads is None or version in code.reads
-    return readable and next(find_unfilled(code.contract, offer.contract), None) is None
+def _adapt(question: Question, definition: Definition | None) -> tuple[Offer, NoPathError | None]:
+    """Return the offer as it is for a class, or for the live structure of none, and why it could not be migrated."""
+    offer, gap = question.offer, None
+    migrations, version = question.migrations_of(definition), question.version
+    if migrations is not None and version is not None:
+        try:
+            offer = migrate_offer(
+                offer,
+                migrations,
+                version=version,
+                code=definition.version if definition is not None else question.live.code_version,
+                takes_config=definition is not None and definition.config is not None and question.config is None,
+                is_stamped=question.is_stamped,
+            )
+        except NoPathError as error:
+            gap = error
+    if question.config is not None:
+        offer = replace(offer, config=MappingProxyType(dict(question.config)))
+    return offer, gap
 
 
-def _build(definition: Definition, offer: Offer, live: Generation) -> Code:
-    config: Mapping[str, Any] | None = offer.config if offer.config is not None else read_config(live.module)
+def _build(definition: Definition, question: Question) -> Code:
+    offer, gap = _adapt(question, definition)
+    live = question.live
+    config = offer.config if offer.config is not None else _find_live_config(question, definition)
     with torch.inference_mode(mode=False), torch.enable_grad(), _SkipInitialisers():
         module = definition.build(config)
     dtype = _find_shared_dtype(offer, live)
@@ -129,7 +251,24 @@ def _build(definition: Definition, offer: Offer, live: Generation) -> Code:
     for name, parameter in module.named_parameters():
         if name in frozen:
             parameter.requires_grad = False
-    return Code(module=module, contract=contract_of(module), reads=definition.reads, is_new=True)
+    return Code(
+        module=module,
+        contract=contract_of(module),
+        version=definition.version,
+        reads=definition.reads,
+        is_new=True,
+        offer=upgrade_offer(offer, module),
+        gap=gap,
+    )
+
+
+def _find_live_config(question: Question, definition: Definition) -> Mapping[str, Any] | None:
+    """Return the config that serves, brought to the version of the class that is to be built from it."""
+    config = read_config(question.live.module)
+    own, migrations = find_definition(type(question.live.module)), question.migrations_of(definition)
+    if own is None or migrations is None:
+        return config
+    return migrate_config(config, migrations, version=own.version, code=definition.version)
 
 
 def _find_shared_dtype(offer: Offer, live: Generation) -> torch.dtype | None:

@@ -35,6 +35,7 @@ from hotglm.events import (
     Subscribers,
     SupersededEvent,
 )
+from hotglm.migration.registry import Migrations
 from hotglm.slot.admission import Admission, Expected, Publication
 from hotglm.slot.checks import GradMode, StagePolicy
 from hotglm.slot.generation import Generation, Retired
@@ -68,6 +69,7 @@ class SlotSettings:
     memory: MemoryPolicy
     constants: tuple[str, ...]
     refresh: Callable[[nn.Module], object] | None
+    migrations: Migrations | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +284,7 @@ class SlotCore:
             digests=options.digests or {},
             config=options.config,
             refresh=settings.refresh,
+            migrations=settings.migrations,
             mode=GradMode.current(),
             live=live,
             number=next(self._numbers),
@@ -306,6 +309,7 @@ class SlotCore:
             verdict=record.verdict,
             plan=record.plan,
             timings=tuple(record.timings),
+            migration=record.migration,
             at_s=time.time(),
             code=error.code,
         )
@@ -379,7 +383,7 @@ def _note_held(late: deque[Event], settings: SlotSettings, retired: Retired, hol
     late.append(event)
 
 
-_STAGED_PARTS = ("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted")
+_STAGED_PARTS = ("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted", "migration")
 """What a receipt takes over from the stage as it is."""
 
 

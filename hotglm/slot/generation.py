@@ -72,12 +72,14 @@ class Generation:
         digests: digest of each tensor by name; empty where there is none.
         name: name of the slot.
         marks: its loose tensors as they were before passes ran in it.
+        code_version: version of its code; another than `version` where older or newer weights were brought to it.
     """
 
     __slots__ = (
         "__weakref__",
         "_arena",
         "_lease",
+        "code_version",
         "contract",
         "digest",
         "digests",
@@ -101,12 +103,14 @@ class Generation:
         arena: Arena | None = None,
         lease: Callable[[], object | None] | None = None,
         marks: Marks | None = None,
+        code_version: Version | None = None,
     ) -> None:
         """Put the parts together; made by slots only."""
         self.module = module
         self.number = number
         self.name = name
         self.version = version
+        self.code_version = code_version if code_version is not None else version
         self.contract = contract
         self.digests: Mapping[str, str] = MappingProxyType(dict(digests or {}))
         self.digest = digest

@@ -57,6 +57,7 @@ class Receipt:
         carried: derived state that kept its value, by name.
         refreshed: refresh methods that ran.
         converted: tensors whose dtype was converted.
+        migration: what was done to bring the weights to the code's layout, in words; empty where nothing was.
         commit_s: time from entering the commit to the new generation being visible, in seconds.
         at_s: wall-clock time, seconds since 1970.
         code: error code of a refusal, else empty.
@@ -78,6 +79,7 @@ class Receipt:
     carried: tuple[str, ...] = ()
     refreshed: tuple[str, ...] = ()
     converted: tuple[str, ...] = ()
+    migration: tuple[str, ...] = ()
     commit_s: float = 0.0
     at_s: float = 0.0
     code: str = ""
@@ -113,6 +115,7 @@ class Receipt:
         if self.timings:
             parts = ", ".join(f"{timing.part} {timing.duration_s * 1e3:.1f} ms" for timing in self.timings)
             lines.append(f"  staged from {self.source} in {self.stage_s * 1e3:.1f} ms: {parts}")
+        lines += [f"  migrated: {line}" for line in self.migration]
         lines += [f"  digest {self.digest}"] if self.digest else []
         lines += [f"  proved: {', '.join(self.checks)}"] if self.checks else []
         lines += [f"  recomputed: {', '.join(self.refreshed)}"] if self.refreshed else []

@@ -23,6 +23,7 @@ from torch import nn
 
 from hotglm.errors import ArgumentError, SlotStateError
 from hotglm.events import Event
+from hotglm.migration.registry import Migrations
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import find_definition
 from hotglm.slot.admission import Admission, Expected, HistoryEntry
@@ -68,6 +69,7 @@ class ModuleSlot(ModuleFacade):
         memory: MemoryPolicy | None = None,
         constants: Sequence[str] = (),
         refresh: Callable[[nn.Module], object] | None = None,
+        migrations: Migrations | None = None,
     ) -> None:
         """Take `module` over and make it the first generation.
 
@@ -81,12 +83,15 @@ class ModuleSlot(ModuleFacade):
             memory: how much memory updates may use.
             constants: patterns of names of derived state that does not depend on the weights (see `hotglm.refresh`).
             refresh: recomputes derived state of somebody else's model; called with the staged module.
+            migrations: steps between versions of somebody else's model, or of one that is to keep its code whatever
+                classes are registered: weights of any version that a path leads from are brought to this code. By
+                default those of the class, if it has any.
 
         Raises:
             ModuleError: the module holds something no slot can hold; everything is named.
             ArgumentError: `version` or `accept` cannot be meant.
         """
-        _verify_settings(name=name, policy=policy, memory=memory, refresh=refresh)
+        _verify_settings(name=name, policy=policy, memory=memory, refresh=refresh, migrations=migrations)
         contract = contract_of(module)
         definition = find_definition(type(module))
         label = name or (definition.name if definition else type(module).__name__)
@@ -98,8 +103,13 @@ class ModuleSlot(ModuleFacade):
             memory=memory or MemoryPolicy(),
             constants=tuple([constants] if isinstance(constants, str) else constants),
             refresh=refresh,
+            migrations=migrations,
         )
-        core = SlotCore(Generation(module, number=1, name=label, version=parsed, contract=contract), settings)
+        code_version = definition.version if definition else parsed
+        core = SlotCore(
+            Generation(module, number=1, name=label, version=parsed, contract=contract, code_version=code_version),
+            settings,
+        )
         # Set as bookkeeping, not by nn.Module, which would register parts (see ModuleFacade).
         self._core = core
         self._admission = core.admission  # one attribute less on the way of a pass
@@ -310,17 +320,19 @@ class ModuleSlot(ModuleFacade):
             return (_rebuild, (pickle.dumps(generation.module, protocol), self._options()))
 
 
-def _verify_settings(*, name: object, policy: object, memory: object, refresh: object) -> None:
+def _verify_settings(*, name: object, policy: object, memory: object, refresh: object, migrations: object) -> None:
     wrong = [
         *(["name"] if name is not None and not (isinstance(name, str) and name) else []),
         *(["policy"] if policy is not None and not isinstance(policy, StagePolicy) else []),
         *(["memory"] if memory is not None and not isinstance(memory, MemoryPolicy) else []),
         *(["refresh"] if refresh is not None and not callable(refresh) else []),
+        *(["migrations"] if migrations is not None and not isinstance(migrations, Migrations) else []),
     ]
     if wrong:
         raise ArgumentError(
             f"Expected settings of a slot that can be meant, got bad {', '.join(wrong)}.",
-            remedy="name is text, policy a StagePolicy, memory a MemoryPolicy, refresh a function of a module.",
+            remedy="name is text, policy a StagePolicy, memory a MemoryPolicy, refresh a function of a module, "
+            "migrations a Migrations.",
         )
 
 

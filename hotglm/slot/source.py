@@ -21,7 +21,10 @@ from torch import nn
 from hotglm.contract import Contract
 from hotglm.document import Report, parse_json
 from hotglm.errors import ArgumentError, Problem, TensorValueError, VersionSyntaxError, shorten_repr
+from hotglm.migration.plan import StatePlan
 from hotglm.model.inspection import contract_of, find_state
+from hotglm.model.module_versions import KEY as MODULE_VERSIONS_KEY
+from hotglm.model.module_versions import MAX_MODULES, find_module_versions
 from hotglm.model.registry import Definition, find_definition, read_config
 from hotglm.release.files import WeightFiles, open_weights
 from hotglm.version import Version
@@ -34,18 +37,35 @@ Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """What stands between the tensors of a source and the code that holds them.
+
+    Attributes:
+        plan: how each tensor comes about.
+        lines: what is done, in words, one line for each step.
+        steps: the step that each free function belongs to.
+    """
+
+    plan: StatePlan
+    lines: tuple[str, ...]
+    steps: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
     """An opened source.
 
     Attributes:
         label: what to call it in texts.
-        contract: of its tensors alone; kinds, persistence and ties unknown.
+        contract: of its tensors alone, after their migration; kinds, persistence and ties unknown.
         nbytes: bytes of its tensors.
         name: model name it carries.
         version: version it carries.
         config: config it carries.
         requires: requirements it carries.
         digests: digests its tensors must have.
+        module_versions: versions of torch's modules that their state was saved under, where that is told.
+        migration: what stands between its tensors and `contract`, if anything does.
         files: open files, for a file source.
         tensors: tensors, for a mapping or module.
         module: the module, for a module source: its structure is what holds the weights.
@@ -60,6 +80,8 @@ class Offer:
     config: Mapping[str, Any] | None = None
     requires: tuple[str, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
+    module_versions: Mapping[str, int] | None = None
+    migration: Migration | None = None
     files: WeightFiles | None = None
     tensors: Mapping[str, torch.Tensor] | None = None
     module: nn.Module | None = None
@@ -118,6 +140,7 @@ def _offer_files(source: str | os.PathLike[str]) -> Offer:
             config=files.config,
             requires=tuple(_read_list(files, "hotglm.requires")),
             digests=_read_digests(files),
+            module_versions=_read_module_versions(files),
             files=files,
         )
     except BaseException:
@@ -145,6 +168,16 @@ def _read_digests(files: WeightFiles) -> Mapping[str, str]:
     )
     if not known:
         raise _bad_metadata(files, "hotglm.digests", "a JSON object from names of tensors in the file to digests")
+    return MappingProxyType(value)
+
+
+def _read_module_versions(files: WeightFiles) -> Mapping[str, int] | None:
+    value = _read_json(files, MODULE_VERSIONS_KEY, None)
+    if value is None:
+        return None
+    known = isinstance(value, dict) and len(value) <= MAX_MODULES and all(type(v) is int for v in value.values())
+    if not known:
+        raise _bad_metadata(files, MODULE_VERSIONS_KEY, f"a JSON object of at most {MAX_MODULES} paths to numbers")
     return MappingProxyType(value)
 
 
@@ -177,6 +210,7 @@ def _offer_tensors(source: Mapping[str, torch.Tensor]) -> Offer:
             "Expected a mapping of names to tensors.", problems=problems, remedy="pass model.state_dict() or the like."
         )
     return Offer(
+        module_versions=find_module_versions(source),
         label=f"a mapping of {len(tensors)} tensors",
         contract=Contract.of_tensors({name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}),
         nbytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),

@@ -46,6 +46,7 @@ class Staged:
         digests: digest of each tensor, by name.
         timings: how long each part took.
         checks: what was proved, in words.
+        migration: what was done to bring the weights to the code's layout, in words; empty where nothing was.
     """
 
     __hotglm_slot__ = True
@@ -88,6 +89,7 @@ class Staged:
         self.carried = record.carried
         self.refreshed = record.refreshed
         self.converted = tuple(record.converted)
+        self.migration = record.migration
 
     @property
     def state(self) -> State:
@@ -190,6 +192,7 @@ class StageRecord:
     carried: tuple[str, ...] = ()
     refreshed: tuple[str, ...] = ()
     converted: list[str] = field(default_factory=list)
+    migration: tuple[str, ...] = ()
 
     @contextmanager
     def timed(self, part: str, nbytes: int = 0) -> Iterator[None]:

@@ -13,11 +13,9 @@ Rules this module keeps:
 
 from __future__ import annotations
 
-import bisect
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,28 +27,32 @@ from hotglm.errors import (
     DigestMismatchError,
     Problem,
     RefreshError,
-    UncopyableError,
 )
+from hotglm.migration.registry import Migrations
 from hotglm.model.derived import Marks, run_refreshers
-from hotglm.model.extents import extent_nbytes, lay_out
+from hotglm.model.extents import lay_out
 from hotglm.model.inspection import StateEntry, contract_of, find_state
 from hotglm.model.registry import find_definition
 from hotglm.model.twin import Twin, copy_module, settle_in_place, verify_copyable
 from hotglm.problem import describe_exception
 from hotglm.release.environment import read_environment
+from hotglm.release.files import WeightFiles
 from hotglm.slot.checks import GradMode, StagePolicy, run_checks
-from hotglm.slot.code import Code, choose_code
+from hotglm.slot.code import Code, Question, choose_code
 from hotglm.slot.generation import Generation
+from hotglm.slot.migrating import describe_gap
 from hotglm.slot.receipt import Progress
 from hotglm.slot.source import Offer, Source, open_source
 from hotglm.slot.spare import Spares, TakenSpare
 from hotglm.slot.staged import Staged, StageRecord
+from hotglm.slot.targets import find_targets
 from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
 from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.digest import combine_digests, digest_tensor
 from hotglm.weights.layout import Layout
 from hotglm.weights.loader import load_files, load_tensors
+from hotglm.weights.migration import load_migrated
 from hotglm.weights.plan import CHUNK_NBYTES
 from hotglm.weights.proof import Loaded, LoadOptions, Target
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks
@@ -75,6 +77,7 @@ class StageRequest:
     digests: Mapping[str, str]
     config: Mapping[str, Any] | None
     refresh: Callable[[nn.Module], object] | None
+    migrations: Migrations | None
     mode: GradMode
     live: Generation
     number: int
@@ -150,10 +153,18 @@ class _Stage:
                 "Expected a version for a source that carries none, got none and digests are off.",
                 remedy="pass version=..., or leave StagePolicy.digest on, which names the version by its content.",
             )
-        if request.config is not None:
-            offer = self._offer = replace(offer, config=MappingProxyType(dict(request.config)))
         _verify_digest_names(offer, request.digests)
-        code = choose_code(offer, live=request.live, version=self._declared)
+        code = choose_code(
+            Question(
+                offer=offer,
+                live=request.live,
+                version=self._declared,
+                migrations=request.migrations,
+                config=request.config,
+            )
+        )
+        offer = self._offer = code.offer
+        self._record.migration = offer.migration.lines if offer.migration is not None else ()
         if request.config is not None and not _takes_config(code):
             raise ArgumentError(
                 f"Expected no config for {type(code.module).__name__}, which declares none, got one.",
@@ -163,13 +174,13 @@ class _Stage:
             offer = self._offer = offer.with_dtypes_of(code.contract)
         candidate = Candidate(
             name=offer.name,
-            version=self._declared or request.live.version,
+            version=self._declared or code.stamped or request.live.version,
             contract=code.contract,
             offered=offer.contract,
             reads=code.reads,
             requires=offer.requires,
         )
-        self._record.verdict = decide(
+        verdict = decide(
             slot_name=request.name,
             live_version=request.live.version,
             live_contract=request.live.contract,
@@ -177,7 +188,10 @@ class _Stage:
             accept=request.accept,
             environment=read_environment((*offer.requires, *code.contract.requires)),
         )
-        self._record.verdict.raise_if_refused()
+        if code.gap is not None and not verdict.accepted:
+            verdict = replace(verdict, findings=(describe_gap(code.gap), *verdict.findings))
+        self._record.verdict = verdict
+        verdict.raise_if_refused()
         return code
 
     # -- memory and values -------------------------------------------------------------------------------------------
@@ -203,7 +217,7 @@ class _Stage:
         return ("*",) if covers_all else self._request.constants
 
     def _load(self, twin: Twin, layout: Layout, lease: Lease, entries: list[StateEntry]) -> Loaded:
-        targets = _find_targets(twin, layout, entries)
+        targets = find_targets(twin, layout, entries)
         done, total = 0, self._offer.nbytes
         lock = threading.Lock()
 
@@ -224,10 +238,7 @@ class _Stage:
             report=report,
         )
         with self._record.timed("load", nbytes=total):
-            if self._offer.files is not None:
-                loaded = load_files(self._offer.files, targets, lease=lease, options=options)
-            else:
-                loaded = load_tensors(self._offer.tensors or {}, targets, options=options)
+            loaded = _load_offer(self._offer, targets, lease=lease, options=options)
         self._record.converted = loaded.converted
         return loaded
 
@@ -263,7 +274,7 @@ class _Stage:
         ]
         record.checks = (*values, *proved)
         digest = self._combine(twin, loaded)
-        record.version = self._name_version(digest)
+        record.version = self._name_version(digest, code)
         return Generation(
             twin.module,
             number=request.number,
@@ -275,6 +286,7 @@ class _Stage:
             arena=taken.arena,
             lease=taken.lease.watch,
             marks=marks,
+            code_version=code.version,
         )
 
     def _refresh(self, twin: Twin, loaded: Loaded) -> None:
@@ -323,11 +335,22 @@ class _Stage:
         views = twin.views
         return combine_digests({name: (views[name].dtype, views[name].shape, d) for name, d in loaded.digests.items()})
 
-    def _name_version(self, digest: str | None) -> Version:
+    def _name_version(self, digest: str | None, code: Code) -> Version:
         if self._declared is not None:
             return self._declared
         label = (digest or "").partition(":")[2][:_LABEL_LENGTH]
-        return self._request.live.version.with_local(label)
+        return (code.stamped or self._request.live.version).with_local(label)
+
+
+def _load_offer(offer: Offer, targets: Mapping[str, Target], *, lease: Lease, options: LoadOptions) -> Loaded:
+    source = offer.files if offer.files is not None else offer.tensors or {}
+    if offer.migration is not None:
+        return load_migrated(
+            source, offer.migration.plan, targets, lease=lease, options=options, steps=offer.migration.steps
+        )
+    if isinstance(source, WeightFiles):
+        return load_files(source, targets, lease=lease, options=options)
+    return load_tensors(source, targets, options=options)
 
 
 def _takes_config(code: Code) -> bool:
@@ -352,34 +375,3 @@ def _verify_digest_names(offer: Offer, digests: Mapping[str, str]) -> None:
             ],
             remedy="pass the digests that belong to this source.",
         )
-
-
-def _find_targets(twin: Twin, layout: Layout, entries: list[StateEntry]) -> dict[str, Target]:
-    """Return where each name goes; names whose tensors overlap share a key, so that one fills and the others compare.
-
-    Raises:
-        UncopyableError: persistent tensors overlap and none of them covers the others.
-    """
-    targets: dict[str, Target] = {}
-    keys: dict[int, str] = {}
-    spans = sorted(layout.spans, key=lambda span: span.offset)
-    for entry in entries:
-        view, offset = twin.views[entry.name], layout.offsets[entry.name]
-        at = bisect.bisect_right(spans, offset, key=lambda span: span.offset) - 1
-        span = spans[at] if view.numel() else None
-        covers = span is None or extent_nbytes(view) == span.nbytes
-        key = entry.name if span is None else keys.setdefault(span.offset, entry.name)
-        targets[entry.name] = Target(view=view, offset=offset, key=key, covers=covers)
-    covered = {target.key for target in targets.values() if target.covers}
-    problems = [
-        Problem(code="OVERLAP", message="Expected a tensor of its own, or inside another one", tensor=entry.name)
-        for entry in entries
-        if entry.persistent and targets[entry.name].key not in covered
-    ]
-    if problems:
-        raise UncopyableError(
-            "Expected tensors that overlap to have one that covers the others, got partial overlaps.",
-            problems=problems,
-            remedy="give the named tensors memory of their own, or make one a view of the other.",
-        )
-    return targets

@@ -1,0 +1,145 @@
+"""Which migration stands between an offer and the code that is to hold it, and what the offer looks like after it.
+
+Rules this module keeps:
+
+- Config first, then the layout, on headers alone: whoever decides afterwards decides on what will be there.
+- An offer that no step concerns is returned as it is. A path that does not exist is no error here but a gap, which the
+  verdict names if it refuses; one that is ambiguous, or that does not fit the tensors, is an error.
+- Weights without a version are never guessed at: they are used as they are where they fit, else stamped where exactly
+  one known layout leads to the code's, else refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from hotglm.contract import Contract
+from hotglm.errors import MigrationError, NoPathError, UnknownVersionError
+from hotglm.migration.expression import Expression, Source, TensorSpec
+from hotglm.migration.plan import MigrationPath, StatePlan
+from hotglm.migration.registry import Migrations
+from hotglm.model.module_versions import carry_module_versions, plan_upgrade
+from hotglm.slot.source import Migration, Offer
+from hotglm.verdict import Finding
+from hotglm.version import Version
+from hotglm.weights.evaluation import find_steps
+
+__all__ = ["describe_gap", "migrate_config", "migrate_offer", "stamp_offer", "upgrade_offer"]
+
+
+def migrate_offer(
+    offer: Offer, migrations: Migrations, *, version: Version, code: Version, takes_config: bool, is_stamped: bool
+) -> Offer:
+    """Return `offer` as it will be for code of version `code`; the offer itself where no step lies between.
+
+    Args:
+        offer: as its source was opened.
+        migrations: the steps that are known.
+        version: of its weights.
+        code: version of the code.
+        takes_config: whether the code is built from a config.
+        is_stamped: whether `version` was concluded from the layout.
+
+    Raises:
+        NoPathError: no steps lead from one to the other. AmbiguousPathError: several ways do.
+        MigrationStepError: a step does not fit the config or the tensors; all that it finds is named.
+    """
+    path = migrations.plan(version, code)
+    if path.is_empty:
+        return offer
+    config = offer.config
+    if config is not None and takes_config:
+        config = MappingProxyType(path.migrate_config(dict(config)))
+    plan = path.plan_state(_find_specs(offer.contract))
+    lines = _describe(path, version, is_stamped=is_stamped)
+    return _with_plan(offer, plan, config=config, lines=lines, steps=find_steps(path))
+
+
+def upgrade_offer(offer: Offer, module: nn.Module) -> Offer:
+    """Return `offer` as torch's own modules bring it up to date, where it is older than they are.
+
+    Raises:
+        IncompatibleError: they would compute with its values; all of them are named.
+    """
+    if offer.module_versions is None:
+        return offer
+    outputs = _find_outputs(offer)
+    versions: Mapping[str, int | None] = offer.module_versions
+    if offer.migration is not None:
+        versions = carry_module_versions(outputs, offer.module_versions)
+    upgrade = plan_upgrade(module, outputs, versions)
+    if upgrade is None:
+        return offer
+    before = offer.migration
+    sources = before.plan.sources if before is not None else _find_specs(offer.contract)
+    lines = (*(before.lines if before is not None else ()), *upgrade.lines)
+    return _with_plan(
+        offer,
+        StatePlan(outputs=upgrade.outputs, sources=sources),
+        config=offer.config,
+        lines=lines,
+        steps=before.steps if before is not None else {},
+    )
+
+
+def stamp_offer(offer: Offer, migrations: Migrations, *, code: Version, contract: Contract) -> Version:
+    """Return the version of the one known layout that leads from the tensors of `offer` to those of the code.
+
+    Raises:
+        UnknownVersionError: no layout does, or several do; all are named.
+    """
+    persistent = {name: spec for name, spec in contract.state.items() if spec.persistent}
+    firsts = {name: spec for name, spec in persistent.items() if spec.tied in (None, name)}
+    specs = _find_specs(offer.contract)
+    config = None if offer.config is None else dict(offer.config)
+    wanted = [_find_specs(replace(contract, state=state)) for state in (firsts, persistent)]
+    try:  # a file has a tied tensor once, a state dict has it under every name
+        return migrations.find_version(specs, config, code, wanted[0])
+    except UnknownVersionError:
+        if wanted[0] == wanted[1]:
+            raise
+        return migrations.find_version(specs, config, code, wanted[1])
+
+
+def migrate_config(
+    config: Mapping[str, Any] | None, migrations: Migrations, *, version: Version, code: Version
+) -> Mapping[str, Any] | None:
+    """Return the config of one version for code of another; as it is where no way leads there."""
+    try:
+        return None if config is None else migrations.plan(version, code).migrate_config(dict(config))
+    except MigrationError:
+        return config
+
+
+def describe_gap(gap: NoPathError) -> Finding:
+    """Return what a verdict says of versions that no migration connects."""
+    remedy = gap.remedy.rstrip(".") or "add the migration that is missing"
+    return Finding(code=gap.code, message=gap.message, refuses=True, remedy=remedy)
+
+
+def _with_plan(
+    offer: Offer, plan: StatePlan, *, config: Mapping[str, Any] | None, lines: tuple[str, ...], steps: Mapping[str, str]
+) -> Offer:
+    tensors = {name: (output.spec.dtype, output.spec.shape) for name, output in plan.outputs.items()}
+    migration = Migration(plan=plan, lines=lines, steps=steps)
+    return replace(offer, contract=Contract.of_tensors(tensors), config=config, migration=migration)
+
+
+def _find_specs(contract: Contract) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(dtype=spec.dtype, shape=spec.shape) for name, spec in contract.state.items()}
+
+
+def _find_outputs(offer: Offer) -> Mapping[str, Expression]:
+    if offer.migration is not None:
+        return offer.migration.plan.outputs
+    return {name: Source(name, spec) for name, spec in _find_specs(offer.contract).items()}
+
+
+def _describe(path: MigrationPath, version: Version, *, is_stamped: bool) -> tuple[str, ...]:
+    stamped = (f"version {version} concluded from names, shapes and config, because the source carries none",)
+    return (*(stamped if is_stamped else ()), *path.explain().splitlines())
