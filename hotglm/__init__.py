@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hotglm.breakage import Breakage, required_bump
     from hotglm.call_spec import CallSpec
     from hotglm.comparison import find_breakages
+    from hotglm.compatibility import CompatibilityMode, Incompatibility, Released, find_incompatibilities
     from hotglm.config_spec import ConfigSpec
     from hotglm.contract import Contract, StateSpec
     from hotglm.errors import (
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from hotglm.model.inspection import contract_of
     from hotglm.model.registry import migrations_of, versioned
     from hotglm.model.save import save_weights
+    from hotglm.output_spec import OutputSpec
     from hotglm.slot.admission import HistoryEntry
     from hotglm.slot.checks import Golden, StagePolicy
     from hotglm.slot.generation import Generation, State
@@ -103,6 +105,7 @@ __all__ = [
     "CallableCheckError",
     "Cast",
     "CheckError",
+    "CompatibilityMode",
     "Concatenate",
     "ConfigSpec",
     "ConflictError",
@@ -123,6 +126,7 @@ __all__ = [
     "HistoryEntry",
     "Holder",
     "HotglmError",
+    "Incompatibility",
     "IncompatibleError",
     "MapField",
     "MemoryPlanError",
@@ -141,6 +145,7 @@ __all__ = [
     "Normal",
     "NotMaterializedError",
     "Ones",
+    "OutputSpec",
     "Pad",
     "Permute",
     "Problem",
@@ -148,6 +153,7 @@ __all__ = [
     "Receipt",
     "ReentrantError",
     "RefreshError",
+    "Released",
     "Rename",
     "RenameField",
     "Reshape",
@@ -189,6 +195,7 @@ __all__ = [
     "Zeros",
     "contract_of",
     "find_breakages",
+    "find_incompatibilities",
     "migrations_of",
     "refresh",
     "required_bump",
@@ -208,6 +215,7 @@ _EXPORTS: dict[str, str] = {
     "CallableCheckError": "hotglm.errors",
     "Cast": "hotglm.migration.value_operations",
     "CheckError": "hotglm.errors",
+    "CompatibilityMode": "hotglm.compatibility",
     "Concatenate": "hotglm.migration.part_operations",
     "ConfigSpec": "hotglm.config_spec",
     "ConflictError": "hotglm.errors",
@@ -228,6 +236,7 @@ _EXPORTS: dict[str, str] = {
     "HistoryEntry": "hotglm.slot.admission",
     "Holder": "hotglm.slot.holders",
     "HotglmError": "hotglm.errors",
+    "Incompatibility": "hotglm.compatibility",
     "IncompatibleError": "hotglm.errors",
     "MapField": "hotglm.migration.config",
     "MemoryPlanError": "hotglm.errors",
@@ -246,6 +255,7 @@ _EXPORTS: dict[str, str] = {
     "Normal": "hotglm.migration.initialisers",
     "NotMaterializedError": "hotglm.errors",
     "Ones": "hotglm.migration.initialisers",
+    "OutputSpec": "hotglm.output_spec",
     "Pad": "hotglm.migration.value_operations",
     "Permute": "hotglm.migration.value_operations",
     "Problem": "hotglm.errors",
@@ -253,6 +263,7 @@ _EXPORTS: dict[str, str] = {
     "Receipt": "hotglm.slot.receipt",
     "ReentrantError": "hotglm.errors",
     "RefreshError": "hotglm.errors",
+    "Released": "hotglm.compatibility",
     "Rename": "hotglm.migration.operations",
     "RenameField": "hotglm.migration.config",
     "Reshape": "hotglm.migration.value_operations",
@@ -294,6 +305,7 @@ _EXPORTS: dict[str, str] = {
     "Zeros": "hotglm.migration.initialisers",
     "contract_of": "hotglm.model.inspection",
     "find_breakages": "hotglm.comparison",
+    "find_incompatibilities": "hotglm.compatibility",
     "migrations_of": "hotglm.model.registry",
     "refresh": "hotglm.model.derived",
     "required_bump": "hotglm.breakage",

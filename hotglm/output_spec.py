@@ -20,7 +20,16 @@ from typing import Any, Literal, get_args
 
 from hotglm.spelling import spell_value
 
-__all__ = ["VALUE_KINDS", "OutputSpec", "Recording", "ValueKind", "ValueSpec", "describe_inputs", "describe_value"]
+__all__ = [
+    "MAX_RECORDINGS",
+    "VALUE_KINDS",
+    "OutputSpec",
+    "Recording",
+    "ValueKind",
+    "ValueSpec",
+    "describe_inputs",
+    "describe_value",
+]
 
 ValueKind = Literal[
     "tensor", "array", "tuple", "list", "namedtuple", "mapping", "record", "mapping_record", "value", "unknown"
@@ -123,10 +132,9 @@ class OutputSpec:
         return cls(recordings=tuple(made)[:MAX_RECORDINGS]) if made else None
 
     def joined(self, other: OutputSpec | None) -> OutputSpec:
-        """Return these recordings, and those of `other` that were made from inputs of other layouts."""
-        own = {recording.inputs for recording in self.recordings}
-        more = [] if other is None else [r for r in other.recordings if r.inputs not in own]
-        return OutputSpec(recordings=(*self.recordings, *more)[:MAX_RECORDINGS])
+        """Return the recordings of both, each once; where the two disagree, they prove nothing together."""
+        more = () if other is None else other.recordings
+        return OutputSpec(recordings=tuple(dict.fromkeys((*self.recordings, *more)))[:MAX_RECORDINGS])
 
 
 def describe_inputs(inputs: object) -> ValueSpec:

@@ -15,17 +15,20 @@ import contextlib
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from hotglm import seam
+from hotglm.contract import Contract
 from hotglm.errors import ArgumentError, CallableCheckError, GoldenMismatchError, Problem, WarmUpError, shorten_repr
+from hotglm.model.recording import call_with
+from hotglm.output_spec import OutputSpec
 from hotglm.problem import describe_exception
 
-__all__ = ["Golden", "GradMode", "Inputs", "StagePolicy", "call_with", "find_differences", "run_checks"]
+__all__ = ["Golden", "GradMode", "Inputs", "StagePolicy", "find_differences", "promise_outputs", "run_checks"]
 
 Inputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 """Arguments of one pass: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -148,6 +151,20 @@ class GradMode:
             yield
 
 
+def promise_outputs(contract: Contract, policy: StagePolicy, *, live: Contract | None) -> Contract:
+    """Return the contract of code that must give the golden outputs of `policy`; known before anything is read (P7).
+
+    Args:
+        contract: what the code promises otherwise.
+        policy: whose golden outputs it must give.
+        live: contract of the live version, where that has the same code: what it gives back was promised already, and
+            golden outputs of other shapes then mean that shapes follow the values. None for other code.
+    """
+    promised = OutputSpec.of((golden.inputs, golden.outputs) for golden in policy.goldens)
+    known = None if live is None else live.outputs
+    return replace(contract, outputs=known if promised is None else promised.joined(known))
+
+
 def run_checks(module: nn.Module, *, policy: StagePolicy, mode: GradMode) -> tuple[str, ...]:
     """Warm `module` up, compare golden outputs and ask the user's checks; return what was proved, in words.
 
@@ -206,13 +223,6 @@ def _find_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Ten
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 yield owner, name, buffer
-
-
-def call_with(module: nn.Module, inputs: Inputs) -> Any:
-    """Run one pass of `module` with `inputs` as they are meant."""
-    if isinstance(inputs, Mapping):
-        return module(**inputs)
-    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
 def _run_warm_up(module: nn.Module, warm_up: tuple[Inputs, ...]) -> None:

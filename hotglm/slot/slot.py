@@ -27,7 +27,7 @@ from hotglm.migration.registry import Migrations
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import find_definition
 from hotglm.slot.admission import Admission, Expected, HistoryEntry
-from hotglm.slot.checks import StagePolicy
+from hotglm.slot.checks import StagePolicy, promise_outputs
 from hotglm.slot.core import SlotCore, SlotSettings, StageOptions
 from hotglm.slot.facade import ModuleFacade
 from hotglm.slot.generation import Generation, State
@@ -92,7 +92,7 @@ class ModuleSlot(ModuleFacade):
             ArgumentError: `version` or `accept` cannot be meant.
         """
         _verify_settings(name=name, policy=policy, memory=memory, refresh=refresh, migrations=migrations)
-        contract = contract_of(module)
+        contract = promise_outputs(contract_of(module), policy or StagePolicy(), live=None)
         definition = find_definition(type(module))
         label = name or (definition.name if definition else type(module).__name__)
         parsed = Version(version) if version is not None else definition.version if definition else Version("0.0.0")

@@ -37,7 +37,7 @@ from hotglm.model.twin import Twin, copy_module, settle_in_place, verify_copyabl
 from hotglm.problem import describe_exception
 from hotglm.release.environment import read_environment
 from hotglm.release.files import WeightFiles
-from hotglm.slot.checks import GradMode, StagePolicy, run_checks
+from hotglm.slot.checks import GradMode, StagePolicy, promise_outputs, run_checks
 from hotglm.slot.code import Code, Question, choose_code
 from hotglm.slot.generation import Generation
 from hotglm.slot.migrating import describe_gap
@@ -165,6 +165,8 @@ class _Stage:
         )
         offer = self._offer = code.offer
         self._record.migration = offer.migration.lines if offer.migration is not None else ()
+        live = None if code.is_new else request.live.contract
+        code = replace(code, contract=promise_outputs(code.contract, request.policy, live=live))
         if request.config is not None and not _takes_config(code):
             raise ArgumentError(
                 f"Expected no config for {type(code.module).__name__}, which declares none, got one.",

@@ -19,8 +19,9 @@ from typing import Any
 from torch import nn
 
 from hotglm.errors import HotglmError, IncompatibleError
+from hotglm.model.recording import call_with
 from hotglm.problem import describe_exception
-from hotglm.slot.checks import Inputs, call_with
+from hotglm.slot.checks import Inputs
 from hotglm.slot.slot import ModuleSlot
 from hotglm.testing.faults import FAULT_KINDS, FaultPlan
 from hotglm.testing.traffic import EXACT, Tolerance, Traffic, describe_differences

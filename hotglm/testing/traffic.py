@@ -18,8 +18,9 @@ from typing import Any, Self
 
 from torch import nn
 
+from hotglm.model.recording import call_with
 from hotglm.problem import describe_exception
-from hotglm.slot.checks import Golden, GradMode, Inputs, call_with, find_differences
+from hotglm.slot.checks import Golden, GradMode, Inputs, find_differences
 from hotglm.testing.waiting import wait_until
 
 __all__ = ["Tolerance", "Traffic", "describe_differences"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from hypothesis import strategies as st
 
@@ -11,7 +11,20 @@ from hotglm.config_spec import ConfigSpec, FieldSpec
 from hotglm.contract import Contract, StateKind, StateSpec
 from hotglm.output_spec import OutputSpec, Recording, ValueSpec
 
-__all__ = ["call", "contract", "contracts", "counted", "field", "named", "output", "recording", "tensor", "values"]
+__all__ = [
+    "call",
+    "call_specs",
+    "contract",
+    "contracts",
+    "counted",
+    "field",
+    "named",
+    "output",
+    "output_specs",
+    "recording",
+    "tensor",
+    "values",
+]
 
 
 def tensor(
@@ -89,7 +102,7 @@ _DEFAULTS = st.sampled_from([None, "1", "2"])
 
 
 @st.composite
-def _call_specs(draw: st.DrawFn) -> CallSpec:
+def call_specs(draw: st.DrawFn) -> CallSpec:
     """Draw a signature that Python would accept, over few names so that two of them often share some."""
     names = draw(st.lists(st.sampled_from(_NAMES), unique=True, max_size=4))
     kinds = sorted(
@@ -110,9 +123,12 @@ def _call_specs(draw: st.DrawFn) -> CallSpec:
 
 
 @st.composite
-def contracts(draw: st.DrawFn) -> Contract:
-    """Draw a contract over few names, so that two of them often share some."""
-    names = draw(st.lists(st.sampled_from(_NAMES), unique=True))
+def contracts(draw: st.DrawFn, *, parts: Collection[str] = ("state", "call", "config", "words", "outputs")) -> Contract:
+    """Draw a contract over few names, so that two of them often share some; parts that are not asked for are unknown.
+
+    Drawing a part costs time; `outputs` costs as much as the rest.
+    """
+    names = draw(st.lists(st.sampled_from(_NAMES), unique=True)) if "state" in parts else []
     specs = [
         tensor(
             name,
@@ -126,15 +142,15 @@ def contracts(draw: st.DrawFn) -> Contract:
     ]
     fields = [
         field(name, draw(st.sampled_from(["int", "str"])), has_default=draw(st.booleans()), default=draw(_DEFAULTS))
-        for name in draw(st.lists(st.sampled_from(_NAMES), unique=True))
+        for name in (draw(st.lists(st.sampled_from(_NAMES), unique=True)) if "config" in parts else [])
     ]
     return Contract(
         state={spec.name: spec for spec in specs},
-        call=draw(st.none() | _call_specs()),
-        config=draw(st.none() | st.just(ConfigSpec(fields=tuple(fields)))),
-        capabilities=draw(st.frozensets(st.sampled_from(["generate", "embed"]))),
-        requires=tuple(draw(st.lists(st.sampled_from(["torch>=2.6", "numpy"]), unique=True))),
-        outputs=draw(st.none() | output_specs()),
+        call=draw(st.none() | call_specs()) if "call" in parts else None,
+        config=draw(st.none() | st.just(ConfigSpec(fields=tuple(fields)))) if "config" in parts else None,
+        capabilities=draw(st.frozensets(st.sampled_from(["generate", "embed"]))) if "words" in parts else frozenset(),
+        requires=draw(st.sampled_from([(), ("torch>=2.6",), ("torch>=2.6", "numpy")])) if "words" in parts else (),
+        outputs=draw(st.none() | output_specs()) if "outputs" in parts else None,
     )
 
 
@@ -170,10 +186,11 @@ values: st.SearchStrategy[ValueSpec] = st.recursive(_LEAVES, _structures, max_le
 """Layouts of anything that may come back."""
 
 
+def _record(sizes: tuple[int, int], value: ValueSpec) -> Recording:
+    return Recording(inputs=counted(output(*sizes, dtype="int64")), output=value)
+
+
 def output_specs() -> st.SearchStrategy[OutputSpec]:
     """Draw recordings whose inputs often have the same layout, and often differ in sizes alone."""
-    inputs = st.builds(
-        lambda batch, length: counted(output(batch, length, dtype="int64")), st.integers(1, 2), st.integers(3, 4)
-    )
-    made = st.builds(Recording, inputs=inputs, output=values)
-    return st.lists(made, min_size=1, max_size=3, unique=True).map(lambda drawn: OutputSpec(recordings=tuple(drawn)))
+    made = st.builds(_record, st.sampled_from([(1, 3), (2, 3), (1, 4)]), values)
+    return st.lists(made, min_size=1, max_size=2, unique=True).map(lambda drawn: OutputSpec(recordings=tuple(drawn)))
