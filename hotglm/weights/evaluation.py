@@ -11,7 +11,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -39,8 +39,9 @@ from hotglm.migration.plan import MigrationPath
 from hotglm.problem import describe_exception
 from hotglm.weights.digest import tensor_bytes
 from hotglm.weights.dtypes import TORCH_DTYPES, dtype_name
+from hotglm.weights.scratch import Workspace, align
 
-__all__ = ["Evaluation", "find_steps", "has_call"]
+__all__ = ["Evaluation", "count_room", "find_steps", "has_call"]
 
 _NATIVE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Floating-point dtypes that torch multiplies on the CPU; others are multiplied as float32, which holds them."""
@@ -49,14 +50,16 @@ _NATIVE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64
 class Evaluation:
     """The expressions over one set of source tensors; in one thread."""
 
-    def __init__(self, operands: Mapping[str, torch.Tensor], *, steps: Mapping[str, str]) -> None:
+    def __init__(self, operands: Mapping[str, torch.Tensor], *, work: Workspace, steps: Mapping[str, str]) -> None:
         """Take the operands.
 
         Args:
             operands: the source tensors by name: on the CPU, without gradient, not to be written.
+            work: memory for what is computed on the way, of `count_room` bytes.
             steps: the step that each free function belongs to, by its label (see `find_steps`).
         """
         self._operands = operands
+        self._work = work
         self._steps = steps
         self._called: dict[object, Mapping[str, torch.Tensor]] = {}
 
@@ -67,11 +70,14 @@ class Evaluation:
             MigrationStepError: a free function failed, or returned something else than it declared.
             TensorValueError: tensors that must be equal to be tied are not; both are named.
         """
+        mark = self._work.mark()
         with torch.no_grad():
             if dtype_name(view.dtype) == expression.spec.dtype:
                 self._write(expression, view)
             else:
                 view.copy_(self._value(expression))
+        if not self._called:  # what a function returned may be a view of what it was given
+            self._work.reset(mark)
 
     def compute(self, expression: Expression) -> torch.Tensor:
         """Return the value of `expression`, which may be a view of an operand; errors are those of `write`."""
@@ -121,11 +127,18 @@ class Evaluation:
                 return self._find_same(operands)
             case Called(writes=writes, index=index):
                 return self._call(expression)[writes[index][0]]
-            case Narrow() | Select() | Permuted() | Reshaped():
+            case Narrow() | Select() | Permuted():
                 return _look_at(expression, self._value(expression.operand))
-        fresh = torch.empty(expression.spec.shape, dtype=TORCH_DTYPES[expression.spec.dtype])
+            case Reshaped(operand=operand, shape=shape):
+                return self._reshape(self._value(operand), shape)
+        fresh = self._work.take(TORCH_DTYPES[expression.spec.dtype], expression.spec.shape)
         self._write(expression, fresh)
         return fresh
+
+    def _reshape(self, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        if not value.is_contiguous():
+            value = self._work.take(value.dtype, value.shape).copy_(value)
+        return value.view(shape)
 
     def _find_same(self, operands: tuple[Expression, ...]) -> torch.Tensor:
         first, *others = [self._value(operand) for operand in operands]
@@ -164,12 +177,28 @@ def find_steps(path: MigrationPath) -> dict[str, str]:
     }
 
 
+def count_room(outputs: Iterable[Expression], *, has_calls: bool) -> int:
+    """Return the workspace that writing `outputs` takes, beside their operands.
+
+    One output after the other, and the most that one needs: every inner expression that is no view of its operand.
+    With free functions all of them stay until the last output is written.
+    """
+    rooms = [
+        sum(align(node.spec.nbytes) for node in find_nodes([root]) if _is_computed(node, root)) for root in outputs
+    ]
+    return sum(rooms) if has_calls else max(rooms, default=0)
+
+
+def _is_computed(node: Expression, root: Expression) -> bool:
+    return node is not root and not isinstance(node, Source | Narrow | Select | Permuted | Same | Called)
+
+
 def has_call(expression: Expression) -> bool:
     """Tell whether a free function is part of `expression`."""
     return any(isinstance(node, Called) for node in find_nodes([expression]))
 
 
-def _look_at(expression: Narrow | Select | Permuted | Reshaped, value: torch.Tensor) -> torch.Tensor:
+def _look_at(expression: Narrow | Select | Permuted, value: torch.Tensor) -> torch.Tensor:
     match expression:
         case Narrow(dim=dim, start=start, length=length):
             return value.narrow(dim, start, length)
@@ -177,8 +206,6 @@ def _look_at(expression: Narrow | Select | Permuted | Reshaped, value: torch.Ten
             return value.select(dim, index)
         case Permuted(dims=dims):
             return value.permute(dims)
-        case Reshaped(shape=shape):
-            return value.reshape(shape)
 
 
 def _multiply(value: torch.Tensor, factor: float, view: torch.Tensor) -> None:

@@ -13,11 +13,12 @@ Rules this module keeps:
   fail are named.
 
 [Note: peak]
-Beside the spare itself, each of the T threads that load holds one scratch block with the operands of one unit, and what
-is computed on the way to one output of it: `peak <= spare + T * max over units (operands + intermediates)`. The units
-that count are those that are computed; those that are read into the arena take nothing. With a mapping as source, the
-operands stand in it already, and only a unit that calls a free function is given copies of them.
-Guarded by `tests/test_migrated_loading.py`.
+Beside the spare itself, each of the T threads that load holds one block of scratch memory, in which the operands of one
+unit stand, and what is computed on the way to one output of it: `peak <= spare + T * max over units (operands +
+intermediates)`. An intermediate is an inner expression that is no view of its operand; the outputs themselves are
+written where they stay. Only units that are computed count; those that are read into the arena take nothing. With a
+mapping as source its tensors are the operands, and only a unit that calls a free function is given copies of them.
+What a free function takes and returns is its own, and comes on top. Guarded by `tests/test_migrated_loading.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from hotglm.release.files import WeightFiles
 from hotglm.weights.arena import Lease
 from hotglm.weights.digest import format_digest
 from hotglm.weights.dtypes import dtype_name
-from hotglm.weights.evaluation import Evaluation, has_call
+from hotglm.weights.evaluation import Evaluation, count_room, has_call
 from hotglm.weights.loader import count_nbytes, make_turn, read_bundle
 from hotglm.weights.lowering import ByteRun, find_byte_runs
 from hotglm.weights.operands import Operands, describe_mismatch
@@ -54,6 +55,7 @@ from hotglm.weights.proof import (
     prove_tensor,
     run_load,
 )
+from hotglm.weights.scratch import Scratch
 
 __all__ = ["load_migrated"]
 
@@ -110,6 +112,7 @@ class _Job:
         self._steps = steps
         self.loaded = Loaded()
         self._turn = make_turn(options)
+        self._scratch = Scratch()
         self.operands = Operands(source, options=options, loaded=self.loaded, turn=self._turn)
         self._plan = plan
         self._targets = targets
@@ -309,8 +312,12 @@ class _Job:
             self._prove(name, None, is_first=False)
 
     def _evaluate(self, unit: Unit, names: list[str]) -> Evaluation:
-        calls = any(has_call(self._plan.outputs[name]) for name in names)
-        return Evaluation(self.operands.read(self._find_needed(unit, names), owned=calls), steps=self._steps)
+        outputs = [self._plan.outputs[name] for name in names]
+        calls = any(map(has_call, outputs))
+        needed = self._find_needed(unit, names)
+        room = self.operands.count_room(needed, owned=calls) + count_room(outputs, has_calls=calls)
+        work = self._scratch.open(room)
+        return Evaluation(self.operands.read(needed, owned=calls, work=work), work=work, steps=self._steps)
 
     def _prove(self, name: str, digest: str | None, *, is_first: bool = True) -> None:
         target = self._targets[name]

@@ -1,11 +1,9 @@
-"""Source tensors as operands: out of files into scratch memory, or out of a mapping as they are, verified on their way.
+"""Source tensors as operands: out of files into scratch memory, or out of a mapping as they are, verified there.
 
 Rules this module keeps:
 
 - A digest that the source promises is verified on the bytes that are used, once for each tensor, in whichever thread
   reads it first; what is wrong is noted with the source tensor's name.
-- Scratch memory belongs to one thread, holds the operands of one unit at a time, and is gone with the thread. Memory
-  that somebody still refers to (a free function that kept its argument) is left to them and never written again.
 - A tensor of a mapping is the caller's: nothing here writes it, and whoever might is given a copy.
 """
 
@@ -19,36 +17,14 @@ import torch
 from hotglm.errors import DigestMismatchError, Problem
 from hotglm.release.files import TensorLocation, WeightFiles
 from hotglm.release.reading import read_scattered
-from hotglm.weights.arena import ALIGNMENT, Arena, Lease
-from hotglm.weights.digest import digest_tensor
+from hotglm.weights.digest import digest_tensor, tensor_bytes, view_buffer
 from hotglm.weights.dtypes import TORCH_DTYPES
 from hotglm.weights.loader import ReadingTurn
 from hotglm.weights.plan import CHUNK_NBYTES
 from hotglm.weights.proof import Loaded, LoadOptions
+from hotglm.weights.scratch import Workspace, align
 
-__all__ = ["Operands", "Scratch", "describe_mismatch"]
-
-
-class Scratch:
-    """One block of memory for each thread, made as large as what is asked of it."""
-
-    def __init__(self) -> None:
-        """Take no memory yet."""
-        self._own = threading.local()
-        self.peak_nbytes = 0
-
-    def lease(self, nbytes: int) -> Lease:
-        """Return at least `nbytes` to the calling thread; what it was lent before is overwritten unless it is held.
-
-        Raises:
-            MemoryPlanError: the system has no such memory to give.
-        """
-        arena: Arena | None = getattr(self._own, "arena", None)
-        if arena is None or arena.nbytes < nbytes or not arena.is_free:
-            self._own.arena = arena = None  # first, so that two blocks never stand beside each other
-            self._own.arena = arena = Arena(nbytes)
-            self.peak_nbytes = max(self.peak_nbytes, nbytes)
-        return arena.lease()
+__all__ = ["Operands", "describe_mismatch"]
 
 
 class Operands:
@@ -77,7 +53,6 @@ class Operands:
         self._turn = turn
         self._lock = threading.Lock()
         self._known: set[str] = set()
-        self.scratch = Scratch()
 
     @property
     def label(self) -> str:
@@ -91,58 +66,47 @@ class Operands:
         tensor = self._tensors[name]
         return tensor.numel() * tensor.element_size()
 
-    def read(self, names: Iterable[str], *, owned: bool) -> dict[str, torch.Tensor]:
-        """Return source tensors by name; those of the calling thread's previous call are void.
+    def count_room(self, names: Iterable[str], *, owned: bool) -> int:
+        """Return how much of a workspace `read` will take."""
+        is_copied = owned or self._files is not None
+        return sum(align(self.nbytes_of(name)) for name in names) if is_copied else 0
+
+    def read(self, names: Iterable[str], *, owned: bool, work: Workspace) -> dict[str, torch.Tensor]:
+        """Return source tensors by name.
 
         Args:
             names: which.
             owned: whether they must be memory that nobody else has.
+            work: where they are put, if they are copied.
 
         Raises:
-            SourceReadError, SourceChangedError: the bytes cannot be had. MemoryPlanError: nor can memory for them.
+            SourceReadError, SourceChangedError: the bytes cannot be had.
         """
-        wanted = list(names)
-        found = self._read_all(self._files, wanted) if self._files is not None else self._take_all(wanted, owned=owned)
-        for name, tensor in found.items():
-            self._verify(name, tensor)
-        return found
-
-    def _read_all(self, files: WeightFiles, names: list[str]) -> dict[str, torch.Tensor]:
-        lease = self._lease(names)
         found: dict[str, torch.Tensor] = {}
-        offset = 0
         for name in names:
-            location = files.tensors[name]
-            self._read_one(location, lease, offset)
-            dtype = TORCH_DTYPES[location.entry.torch_dtype]
-            found[name] = lease.view(offset, dtype=dtype, shape=location.entry.shape)
-            offset += _align(location.nbytes)
+            self._options.cancellation.raise_if_cancelled()
+            if self._files is not None:
+                found[name] = self._read_one(self._files.tensors[name], work)
+            else:
+                found[name] = self._take_one(self._tensors[name], work if owned else None)
+            self._verify(name, found[name])
         return found
 
-    def _read_one(self, location: TensorLocation, lease: Lease, offset: int) -> None:
-        file = location.file
+    def _read_one(self, location: TensorLocation, work: Workspace) -> torch.Tensor:
+        tensor = work.take(TORCH_DTYPES[location.entry.torch_dtype], location.entry.shape)
+        if not location.nbytes:
+            return tensor
+        file, data = location.file, view_buffer(tensor_bytes(tensor))
         for start in range(0, location.nbytes, CHUNK_NBYTES):
             self._options.cancellation.raise_if_cancelled()
-            view = lease.bytes(offset + start, min(CHUNK_NBYTES, location.nbytes - start))
+            view = data[start : start + CHUNK_NBYTES]
             with self._turn:
                 read_scattered(file.fd, [view], location.offset + start, path=file.path, size=file.size)
+        return tensor
 
-    def _take_all(self, names: list[str], *, owned: bool) -> dict[str, torch.Tensor]:
-        self._options.cancellation.raise_if_cancelled()
-        plain = {name: self._tensors[name].detach().to("cpu").resolve_conj().resolve_neg() for name in names}
-        if not owned:
-            return plain
-        lease = self._lease(names)
-        found: dict[str, torch.Tensor] = {}
-        offset = 0
-        for name, tensor in plain.items():
-            found[name] = lease.view(offset, dtype=tensor.dtype, shape=tensor.shape)
-            found[name].copy_(tensor)
-            offset += _align(self.nbytes_of(name))
-        return found
-
-    def _lease(self, names: list[str]) -> Lease:
-        return self.scratch.lease(sum(_align(self.nbytes_of(name)) for name in names))
+    def _take_one(self, tensor: torch.Tensor, work: Workspace | None) -> torch.Tensor:
+        plain = tensor.detach().to("cpu").resolve_conj().resolve_neg()
+        return plain if work is None else work.take(plain.dtype, plain.shape).copy_(plain)
 
     def _verify(self, name: str, tensor: torch.Tensor) -> None:
         with self._lock:
@@ -158,7 +122,3 @@ def describe_mismatch(name: str, expected: str, digest: str | None) -> Problem:
     """Return the problem of a source tensor whose bytes are not the promised ones."""
     message = f"Expected digest {expected}, got {digest}"
     return Problem(code="DIGEST_MISMATCH", message=message, tensor=name, expected=expected, found=digest)
-
-
-def _align(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
