@@ -1,0 +1,1 @@
+"""Doors to other libraries; each module needs an extra, and nothing in the core imports one."""

@@ -1,0 +1,18 @@
+"""What to say where an integration's package is not there, or is another version than it is written for."""
+
+from __future__ import annotations
+
+from hotglm.errors import MissingExtraError
+
+__all__ = ["TRANSFORMERS", "missing_transformers"]
+
+TRANSFORMERS = "5.12"
+"""The first transformers whose registry knows scopes, and whose entries can be turned round anchored."""
+
+
+def missing_transformers(found: str) -> MissingExtraError:
+    """Return the error for a transformers that is not there or too old."""
+    return MissingExtraError(
+        f"Expected transformers {TRANSFORMERS} or later, with its conversion registry, got {found}.",
+        remedy="install it: pip install 'hotglm[hf]'; checkpoints whose names are the model's load without it.",
+    )
