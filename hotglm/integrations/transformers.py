@@ -116,10 +116,11 @@ def _find_specs(offer: Offer) -> dict[str, TensorSpec]:
 
 def _summarise(plan: StatePlan, model: PreTrainedModel) -> tuple[str, ...]:
     num_made = sum(not isinstance(expression, Source) for expression in plan.outputs.values())
-    return (
+    line = (
         f"{len(plan.sources)} tensors of a checkpoint for {type(model).__name__} converted by transformers' registry "
-        f"to {len(plan.outputs)}, of which {num_made} are made of several or of parts; {len(plan.dropped)} dropped",
+        f"to {len(plan.outputs)}, of which {num_made} are made of several or of parts; {len(plan.dropped)} dropped"
     )
+    return (line,)
 
 
 def plan_conversion(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> StatePlan:
@@ -142,7 +143,7 @@ def plan_conversion(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> 
     for group in groups:
         try:
             made = _trace(group, model=model, specs=specs)
-        except Exception as error:  # a converter is anybody's code
+        except Exception as error:  # noqa: BLE001 - a converter is anybody's code
             problems.append(_describe_failure(group, error))
             continue
         for name in made.keys() & outputs.keys():

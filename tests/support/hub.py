@@ -1,0 +1,143 @@
+"""Tiny models of transformers, built from configs, saved as on the hub; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping
+
+from support.swaps import build
+
+__all__ = ["FAMILIES", "IDS", "generate", "make", "read_checkpoint", "registered", "run", "save", "write_checkpoint"]
+
+IDS = torch.tensor([[3, 14, 15, 9, 26, 5]])
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+_MOE: dict[str, Any] = {
+    **_SIZES,
+    "head_dim": 8,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_T5: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 4, "d_kv": 8}
+_WHISPER: dict[str, Any] = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_mel_bins": 8,
+    "max_source_positions": 16,
+    "max_target_positions": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+_VIT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "GLM dense": ("Glm4ForCausalLM", "Glm4Config", {**_SIZES, "head_dim": 8}),
+    "GLM MoE": ("Glm4MoeForCausalLM", "Glm4MoeConfig", _MOE),
+    "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_SIZES, "num_local_experts": 4}),
+    "Llama, tied": ("LlamaForCausalLM", "LlamaConfig", {**_SIZES, "tie_word_embeddings": True}),
+    "BERT": ("BertForMaskedLM", "BertConfig", _SIZES),
+    "T5": ("T5ForConditionalGeneration", "T5Config", _T5),
+    "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER),
+    "ViT": ("ViTModel", "ViTConfig", _VIT),
+}
+"""Name -> class, config class and fields. Names in files differ from the model's for the MoEs (experts) and ViT."""
+
+
+def make(family: str, seed: int, **fields: Any) -> Any:
+    """Return a model of a family, in evaluation mode, whose weights are those of a seed."""
+    model, config, own = FAMILIES[family]
+    return build(lambda: getattr(transformers, model)(getattr(transformers, config)(**{**own, **fields})).eval())(seed)
+
+
+def save(model: Any, directory: Path, **options: Any) -> Path:
+    """Save a model as `save_pretrained` does and return the directory."""
+    model.save_pretrained(directory, **options)
+    return directory
+
+
+def read_checkpoint(directory: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a directory with one file."""
+    return load_file(directory / "model.safetensors")
+
+
+def write_checkpoint(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Replace the tensors of a directory with one file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def run(model: Any) -> Any:
+    """Return what a pass of any family gives."""
+    inputs: dict[str, Any] = {"input_ids": IDS}
+    kind = model.config.model_type
+    if kind == "t5":
+        inputs["decoder_input_ids"] = IDS
+    if kind == "whisper":
+        inputs = {"input_features": torch.linspace(-1, 1, 256).reshape(1, 8, 32), "decoder_input_ids": IDS}
+    if kind == "vit":
+        inputs = {"pixel_values": torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)}
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def generate(model: Any) -> torch.Tensor | None:
+    """Return what greedy generation gives, None for a family that does not generate."""
+    if not model.can_generate():
+        return None
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    if model.config.model_type == "whisper":
+        features = torch.linspace(-1, 1, 256).reshape(1, 8, 32)
+        found: torch.Tensor = model.generate(input_features=features, decoder_input_ids=IDS[:, :2], **options)
+        return found
+    found = model.generate(IDS, **options)
+    return found
+
+
+@contextmanager
+def registered(name: str, entries: list[Any]) -> Iterator[None]:
+    """Register conversions under a class's name, until the end of the block."""
+    conversion_mapping.register_checkpoint_conversion_mapping(name, entries, overwrite=True)
+    try:
+        yield
+    finally:
+        conversion_mapping._checkpoint_conversion_mapping_cache.pop(name)
+        conversion_mapping.USER_REGISTERED_MAPPINGS.discard(name)
+
+
