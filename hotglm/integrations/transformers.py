@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from hotglm.breakage import DtypeChanged, find_unfilled
+from hotglm.breakage import DtypeChanged
+from hotglm.comparison import find_unfilled
 from hotglm.contract import Contract
 from hotglm.errors import MigrationStepError, Problem, shorten_repr
 from hotglm.integrations.extras import missing_transformers

@@ -19,7 +19,7 @@ from typing import Protocol, cast
 
 from torch import nn
 
-from hotglm.breakage import find_unfilled
+from hotglm.comparison import find_unfilled
 from hotglm.contract import Contract
 from hotglm.errors import MissingExtraError
 from hotglm.slot.source import Offer

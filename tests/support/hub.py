@@ -14,7 +14,19 @@ from transformers import conversion_mapping
 
 from support.swaps import build
 
-__all__ = ["FAMILIES", "IDS", "generate", "make", "read_checkpoint", "registered", "run", "save", "write_checkpoint"]
+__all__ = [
+    "FAMILIES",
+    "IDS",
+    "OwnLlama",
+    "generate",
+    "make",
+    "make_own",
+    "read_checkpoint",
+    "registered",
+    "run",
+    "save",
+    "write_checkpoint",
+]
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5]])
 
@@ -40,7 +52,15 @@ _MOE: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-_T5: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 4, "d_kv": 8}
+_T5: dict[str, Any] = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_heads": 4,
+    "d_kv": 8,
+    "decoder_start_token_id": 0,
+}
 _WHISPER: dict[str, Any] = {
     "vocab_size": 64,
     "d_model": 32,
@@ -86,6 +106,16 @@ def make(family: str, seed: int, **fields: Any) -> Any:
     return build(lambda: getattr(transformers, model)(getattr(transformers, config)(**{**own, **fields})).eval())(seed)
 
 
+class OwnLlama(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """A class of our own, which the registry knows nothing of until it is told."""
+
+
+def make_own(seed: int) -> Any:
+    """Return a model of our own class, in evaluation mode, whose weights are those of a seed."""
+    fields = {**FAMILIES["Llama, tied"][2], "tie_word_embeddings": False}
+    return build(lambda: OwnLlama(transformers.LlamaConfig(**fields)).eval())(seed)
+
+
 def save(model: Any, directory: Path, **options: Any) -> Path:
     """Save a model as `save_pretrained` does and return the directory."""
     model.save_pretrained(directory, **options)
@@ -99,7 +129,7 @@ def read_checkpoint(directory: Path) -> dict[str, torch.Tensor]:
 
 def write_checkpoint(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     """Replace the tensors of a directory with one file."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
     return directory
 
 
@@ -124,9 +154,10 @@ def generate(model: Any) -> torch.Tensor | None:
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
     if model.config.model_type == "whisper":
         features = torch.linspace(-1, 1, 256).reshape(1, 8, 32)
-        found: torch.Tensor = model.generate(input_features=features, decoder_input_ids=IDS[:, :2], **options)
-        return found
-    found = model.generate(IDS, **options)
+        options |= {"input_features": features, "decoder_input_ids": IDS[:, :2]}
+    else:
+        options["input_ids"] = IDS
+    found: torch.Tensor = model.generate(**options)
     return found
 
 
@@ -139,5 +170,3 @@ def registered(name: str, entries: list[Any]) -> Iterator[None]:
     finally:
         conversion_mapping._checkpoint_conversion_mapping_cache.pop(name)
         conversion_mapping.USER_REGISTERED_MAPPINGS.discard(name)
-
-
