@@ -79,7 +79,7 @@ FACE_USERS = {
 }
 
 # Third parties beyond the core dependencies, and the units that may import them.
-EXTRAS_USERS = {"numpy": {"demo"}, "sklearn": {"demo"}, "rich": {"cli", "commands"}}
+EXTRAS_USERS = {"numpy": {"demo"}, "sklearn": {"demo"}, "rich": {"cli", "commands"}, "transformers": {"integrations"}}
 
 FORBIDDEN_NAMES = re.compile(r"(^|_)(utils?|helpers?|common|misc|manager)$")
 MAX_LINES = 400

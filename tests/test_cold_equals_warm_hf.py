@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hotglm
-from hotglm.errors import IncompatibleError, StaleStateError
+from hotglm.errors import StaleStateError
 from support.swaps import build, same_bits, same_state
 
 transformers = pytest.importorskip("transformers")
@@ -142,27 +142,6 @@ def test_a_swapped_language_model_is_the_one_started_cold(family: str, source: s
     slot.rollback()
     assert same_bits(_logits(slot), before)
     assert not same_bits(_logits(cold), before)
-
-
-@pytest.mark.parametrize("family", ["GLM dense", "GLM MoE"])
-def test_a_directory_in_the_hubs_layout_is_loaded_by_way_of_a_module(family: str, tmp_path: Path) -> None:
-    """`save_pretrained` writes the hub's layout; where that is not the module's, it is refused with every name."""
-    maker = _maker(GENERATIVE[family])
-    slot = hotglm.ModuleSlot(maker(1), name="model", version="1.0.0")
-    before = _generate(slot)
-    b = maker(2)
-    b.save_pretrained(tmp_path)
-    if family == "GLM MoE":  # one tensor per expert in the hub's layout, all experts in one in the module
-        with pytest.raises(IncompatibleError) as caught:
-            slot.update(tmp_path, version="1.0.1")
-        assert {problem.code for problem in caught.value.problems} == {"TENSOR_MISSING", "TENSOR_UNEXPECTED"}
-        assert len(caught.value.problems) == 2 + 3 * 4
-        assert same_bits(_generate(slot), before)
-    else:
-        slot.update(tmp_path, version="1.0.1")
-        _expect(slot, b)
-    slot.update(type(b).from_pretrained(tmp_path).eval(), version="1.0.2")
-    _expect(slot, b)
 
 
 def test_a_session_generates_from_one_version_throughout() -> None:

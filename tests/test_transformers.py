@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from support.swaps import same_bits, same_state
 
 transformers = pytest.importorskip("transformers")
 
-from hotglm.weights.lowering import find_byte_runs  # noqa: E402
-
 from hotglm.integrations.transformers import plan_conversion  # noqa: E402 - needs transformers
+from hotglm.migration.operations import Rename  # noqa: E402
 from hotglm.migration.tensor_spec import TensorSpec  # noqa: E402
+from hotglm.weights.lowering import find_byte_runs  # noqa: E402
 from support.hub import (  # noqa: E402
     FAMILIES,
     OwnLlama,
@@ -184,6 +185,38 @@ def test_other_dtypes_are_a_matter_of_the_policy(tmp_path: Path) -> None:
     )
     slot.update(path, version="1.0.1")
     expect(slot, type(make("GLM MoE", 1)).from_pretrained(path, dtype=torch.float32).eval())
+
+
+def test_a_checkpoint_of_another_version_is_migrated_and_then_converted(tmp_path: Path) -> None:
+    """Migrations of ours speak of the names in the file; what they leave is converted to the model's names."""
+    migrations = hotglm.Migrations("model")
+    migrations.state("1.0", "2.0", [Rename(r"old\.(.*)", r"model.\1")])
+    slot = hotglm.ModuleSlot(make("GLM MoE", 1), name="model", version="2.0.0", accept="major", migrations=migrations)
+    path = save(make("GLM MoE", 2), tmp_path)
+    tensors = {re.sub("^model", "old", name): tensor for name, tensor in read_checkpoint(path).items()}
+    receipt = slot.update(write_checkpoint(path, tensors), version="1.5.0")
+    expect(slot, make("GLM MoE", 2))
+    assert any("transformers' registry" in line for line in receipt.migration)
+    assert len(receipt.migration) > 1
+
+
+def test_a_class_registered_for_the_version_is_built_and_filled_by_conversion(tmp_path: Path) -> None:
+    """A checkpoint of a version for which there is new code goes through the registry to that code."""
+    fields = FAMILIES["GLM MoE"][2]
+
+    @hotglm.versioned("glm-of-tests", "2.0.0")
+    class Second(transformers.Glm4MoeForCausalLM):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(transformers.Glm4MoeConfig(**fields))
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    slot = hotglm.ModuleSlot(make("GLM MoE", 1), name="glm-of-tests", version="1.0.0", accept=hotglm.Bump.MAJOR)
+    slot.update(save(make("GLM MoE", 2), tmp_path), version="2.0.0")
+    assert type(slot.live.module) is Second
+    assert same_state(slot, make("GLM MoE", 2))
+    assert same_bits(run(slot), run(make("GLM MoE", 2)))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

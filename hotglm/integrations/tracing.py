@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotglm.migration.expression import (
     Expression,
-    Source,
     StackOf,
     convert,
     join,
@@ -30,7 +29,6 @@ from hotglm.migration.expression import (
     select,
     stack,
 )
-from hotglm.migration.tensor_spec import TensorSpec
 from hotglm.weights.dtypes import TORCH_DTYPES, dtype_name
 
 __all__ = ["Tracer"]
@@ -45,10 +43,10 @@ class Tracer(TorchDispatchMode):
         self.why_unknown: str | None = None
         self._known: dict[int, tuple[torch.Tensor, Expression]] = {}  # the tensor too, so that its id stays its own
 
-    def make_source(self, name: str, spec: TensorSpec) -> torch.Tensor:
-        """Return a meta tensor that stands for the source tensor `name`."""
-        tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
-        self._known[id(tensor)] = (tensor, Source(name=name, spec=spec))
+    def make_tensor(self, expression: Expression) -> torch.Tensor:
+        """Return a meta tensor that stands for `expression`; to be called outside the mode."""
+        tensor = torch.empty(expression.spec.shape, dtype=TORCH_DTYPES[expression.spec.dtype], device="meta")
+        self._known[id(tensor)] = (tensor, expression)
         return tensor
 
     def find(self, tensor: torch.Tensor) -> Expression | None:

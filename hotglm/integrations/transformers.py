@@ -96,11 +96,7 @@ def convert_offer(offer: Offer, *, module: PreTrainedModel, contract: Contract) 
     if config is not None:
         verify_same_model(config, module, label=offer.label)
     if not _fits(contract, offer):
-        plan = plan_conversion(module, _find_specs(offer))
-        if not plan.is_identity:
-            tensors = {name: (spec.dtype, spec.shape) for name, spec in plan.specs.items()}
-            migration = Migration(plan=plan, lines=_summarise(plan, module))
-            offer = replace(offer, contract=Contract.of_tensors(tensors), migration=migration)
+        offer = _with_conversion(offer, module)
     if config is not None and _fits(contract, offer):
         verify_computes_the_same(config, module, label=offer.label)
     return offer
@@ -111,17 +107,27 @@ def _fits(contract: Contract, offer: Offer) -> bool:
     return all(isinstance(misfit, DtypeChanged) for misfit in find_unfilled(contract, offer.contract))
 
 
-def _find_specs(offer: Offer) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(dtype=spec.dtype, shape=spec.shape) for name, spec in offer.contract.state.items()}
-
-
-def _summarise(plan: StatePlan, model: PreTrainedModel) -> tuple[str, ...]:
-    num_made = sum(not isinstance(expression, Source) for expression in plan.outputs.values())
+def _with_conversion(offer: Offer, model: PreTrainedModel) -> Offer:
+    before = offer.migration
+    specs = {name: TensorSpec(dtype=spec.dtype, shape=spec.shape) for name, spec in offer.contract.state.items()}
+    state = _as_state(specs) if before is None else before.plan.outputs
+    sources = specs if before is None else before.plan.sources
+    outputs = _convert_state(model, state)
+    plan = StatePlan(sources=sources, outputs=outputs, path="" if before is None else before.plan.path)
+    if plan.is_identity:
+        return offer
+    num_made = sum(not isinstance(expression, Source) for expression in outputs.values())
     line = (
-        f"{len(plan.sources)} tensors of a checkpoint for {type(model).__name__} converted by transformers' registry "
-        f"to {len(plan.outputs)}, of which {num_made} are made of several or of parts; {len(plan.dropped)} dropped"
+        f"converted by transformers' registry for {type(model).__name__}: {len(state)} tensors of a checkpoint to "
+        f"{len(outputs)}, of which {num_made} are made of several or of parts"
     )
-    return (line,)
+    tensors = {name: (spec.dtype, spec.shape) for name, spec in plan.specs.items()}
+    migration = Migration(plan=plan, lines=(*(() if before is None else before.lines), line))
+    return replace(offer, contract=Contract.of_tensors(tensors), migration=migration)
+
+
+def _as_state(specs: Mapping[str, TensorSpec]) -> dict[str, Expression]:
+    return {name: Source(name, spec) for name, spec in specs.items()}
 
 
 def plan_conversion(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> StatePlan:
@@ -137,13 +143,17 @@ def plan_conversion(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> 
     Raises:
         MigrationStepError: a converter cannot be planned from shapes, or two tensors are for one place; all are named.
     """
+    return StatePlan(sources=dict(specs), outputs=_convert_state(model, _as_state(specs)))
+
+
+def _convert_state(model: PreTrainedModel, state: Mapping[str, Expression]) -> dict[str, Expression]:
     places = {entry.name: entry.tensor for entry in find_state(model) if entry.persistent}
     problems: list[Problem] = []
-    groups, unplaced = _find_groups(model, specs, places)
-    outputs: dict[str, Expression] = {name: Source(name, specs[name]) for name in unplaced}
+    groups, unplaced = _find_groups(model, state, places)
+    outputs = {name: state[name] for name in unplaced}
     for group in groups:
         try:
-            made = _trace(group, model=model, specs=specs)
+            made = _trace(group, model=model, state=state)
         except Exception as error:  # noqa: BLE001 - a converter is anybody's code
             problems.append(_describe_failure(group, error))
             continue
@@ -157,7 +167,7 @@ def plan_conversion(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> 
             problems=problems,
             remedy=_REMEDY,
         )
-    return StatePlan(sources=dict(specs), outputs=_widen(model, outputs, places))
+    return _widen(model, outputs, places)
 
 
 def _find_groups(
@@ -213,20 +223,18 @@ def _find_ignored(model: PreTrainedModel) -> re.Pattern[str] | None:
     return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
 
 
-def _trace(group: _Group, *, model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> dict[str, Expression]:
+def _trace(group: _Group, *, model: PreTrainedModel, state: Mapping[str, Expression]) -> dict[str, Expression]:
     """Return what the group makes, by name in the model."""
+    names = group.all_names
     if group.converter is None:
-        (name,) = group.all_names
-        return {group.target: Source(name, specs[name])}
+        return {group.target: state[names[0]]}
     tracer = Tracer()
-    tensors = {name: tracer.make_source(name, specs[name]) for name in group.all_names}
+    tensors = {name: tracer.make_tensor(state[name]) for name in names}
     with tracer:
         made = _convert(group, tensors, model=model)
-    expressions = {name: tracer.find(tensor) for name, tensor in made.items()}
-    return {
-        name: expression if expression is not None else _call(group, made, name, model=model, specs=specs)
-        for name, expression in expressions.items()
-    }
+    found = {name: tracer.find(tensor) for name, tensor in made.items()}
+    known = {name: expression for name, expression in found.items() if expression is not None}
+    return known if len(known) == len(made) else _call(group, made, model=model, state=state)
 
 
 def _convert(group: _Group, tensors: Mapping[str, torch.Tensor], *, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -240,27 +248,23 @@ def _convert(group: _Group, tensors: Mapping[str, torch.Tensor], *, model: PreTr
 
 
 def _call(
-    group: _Group,
-    made: Mapping[str, torch.Tensor],
-    name: str,
-    *,
-    model: PreTrainedModel,
-    specs: Mapping[str, TensorSpec],
-) -> Expression:
-    """Return the output `name` of the group's converter, which computes, as a call of that converter."""
+    group: _Group, made: Mapping[str, torch.Tensor], *, model: PreTrainedModel, state: Mapping[str, Expression]
+) -> dict[str, Expression]:
+    """Return the outputs of a converter that computes, as a call of that converter."""
     names = group.all_names
 
     def run_converter(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return _convert(group, tensors, model=model)
 
-    return Called(
+    called = Called(
         function=run_converter,
-        operands=tuple(Source(name, specs[name]) for name in names),
+        operands=tuple(state[name] for name in names),
         reads=tuple(names),
-        writes=tuple((written, _spec_of(tensor)) for written, tensor in made.items()),
-        index=list(made).index(name),
+        writes=tuple((name, _spec_of(tensor)) for name, tensor in made.items()),
+        index=0,
         label=_describe(group),
     )
+    return {name: replace(called, index=index) for index, name in enumerate(made)}
 
 
 def _spec_of(tensor: torch.Tensor) -> TensorSpec:

@@ -30,6 +30,7 @@ from hotglm.migration.registry import Migrations
 from hotglm.model.derived import Marks
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import Definition, find_definition, find_definitions, find_migrations, read_config
+from hotglm.slot.conversion import convert_offer
 from hotglm.slot.generation import Generation
 from hotglm.slot.migrating import migrate_config, migrate_offer, stamp_offer, upgrade_offer
 from hotglm.slot.source import Offer
@@ -211,7 +212,7 @@ def _reuse(question: Question, own: Definition | None) -> Code:
         version=own.version if own is not None else live.code_version,
         reads=own.reads if own else None,
         is_new=False,
-        offer=upgrade_offer(offer, live.module),
+        offer=upgrade_offer(convert_offer(offer, module=live.module, contract=live.contract), live.module),
         gap=gap,
         marks=live.marks,
     )
@@ -251,13 +252,14 @@ def _build(definition: Definition, question: Question) -> Code:
     for name, parameter in module.named_parameters():
         if name in frozen:
             parameter.requires_grad = False
+    contract = contract_of(module)
     return Code(
         module=module,
-        contract=contract_of(module),
+        contract=contract,
         version=definition.version,
         reads=definition.reads,
         is_new=True,
-        offer=upgrade_offer(offer, module),
+        offer=upgrade_offer(convert_offer(offer, module=module, contract=contract), module),
         gap=gap,
     )
 
