@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -13,11 +14,12 @@ import torch
 
 import hotglm
 from hotglm.errors import IncompatibleError, MigrationStepError, MissingExtraError
-from hotglm.slot import conversion
 from support.scripts import run_script
 from support.swaps import same_bits, same_state
 
 transformers = pytest.importorskip("transformers")
+
+from transformers.core_model_loading import ConversionOps  # noqa: E402 - needs transformers
 
 from hotglm.integrations.transformers import plan_conversion  # noqa: E402 - needs transformers
 from hotglm.migration.operations import Rename  # noqa: E402
@@ -202,10 +204,11 @@ def test_a_checkpoint_of_another_version_is_migrated_and_then_converted(tmp_path
 
 def test_a_class_registered_for_the_version_is_built_and_filled_by_conversion(tmp_path: Path) -> None:
     """A checkpoint of a version for which there is new code goes through the registry to that code."""
+    base: Any = transformers.Glm4MoeForCausalLM
     fields = FAMILIES["GLM MoE"][2]
 
     @hotglm.versioned("glm-of-tests", "2.0.0")
-    class Second(transformers.Glm4MoeForCausalLM):  # type: ignore[misc]
+    class Second(base):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(transformers.Glm4MoeConfig(**fields))
 
@@ -297,7 +300,7 @@ def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(dtype=str(t.dtype)[6:], shape=tuple(t.shape)) for name, t in tensors.items()}
 
 
-class _Double(transformers.core_model_loading.ConversionOps):  # type: ignore[misc]
+class _Double(ConversionOps):  # type: ignore[misc]
     """Computes: what it makes is no rearrangement."""
 
     def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, torch.Tensor]:
@@ -305,7 +308,7 @@ class _Double(transformers.core_model_loading.ConversionOps):  # type: ignore[mi
         return {target_patterns[0]: tensors[0] * 2}
 
 
-class _ByValue(transformers.core_model_loading.ConversionOps):  # type: ignore[misc]
+class _ByValue(ConversionOps):  # type: ignore[misc]
     """Needs the values to know what to do."""
 
     def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, torch.Tensor]:
@@ -372,11 +375,14 @@ def test_without_the_extra_what_fits_is_used_and_the_rest_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the integration cannot be imported, names that fit swap as before, and others are refused by the extra."""
+    import_module = importlib.import_module
 
-    def fail(name: str) -> Any:
-        raise MissingExtraError(f"no {name}", remedy="pip install 'hotglm[hf]'")
+    def fail(name: str, *arguments: Any) -> Any:
+        if name == "hotglm.integrations.transformers":
+            raise MissingExtraError(f"no {name}", remedy="pip install 'hotglm[hf]'")
+        return import_module(name, *arguments)
 
-    monkeypatch.setattr(conversion.importlib, "import_module", fail)
+    monkeypatch.setattr("importlib.import_module", fail)
     slot = hold(make("GLM MoE", 1))
     path = save(make("GLM MoE", 2), tmp_path)
     assert "hotglm[hf]" in str(refuse(slot, path, MissingExtraError, version="1.0.1"))

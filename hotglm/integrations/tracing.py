@@ -34,12 +34,12 @@ from hotglm.weights.dtypes import TORCH_DTYPES, dtype_name
 __all__ = ["Tracer"]
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its mode's constructors untyped
     """A mode under which operations on meta tensors are recorded; for one thread and one use."""
 
     def __init__(self) -> None:
         """Start with no tensor known."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self.why_unknown: str | None = None
         self._known: dict[int, tuple[torch.Tensor, Expression]] = {}  # the tensor too, so that its id stays its own
 
