@@ -40,10 +40,14 @@ from hotglm.breakage import (
 )
 from hotglm.comparison import find_breakages
 from hotglm.contract import Contract, StateSpec
-from hotglm.errors import ArgumentError, shorten_repr
+from hotglm.errors import ArgumentError, VersionSyntaxError, shorten_repr
+from hotglm.record import RecordReader
 from hotglm.version import Bump, Version
 
-__all__ = ["CompatibilityMode", "Incompatibility", "Released", "find_incompatibilities"]
+__all__ = ["RELEASED_SCHEMA", "CompatibilityMode", "Incompatibility", "Released", "find_incompatibilities"]
+
+RELEASED_SCHEMA = "hotglm.released/1"
+"""What the document of a version says it is; its number changes when its meaning does."""
 
 Direction = Literal["backward", "forward"]
 
@@ -98,10 +102,41 @@ class CompatibilityMode(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Released:
-    """One version of a name, and what it promises."""
+    """One version of a name, and what it promises; as JSON values and back: `Released.from_dict(r.to_dict()) == r`."""
 
     version: Version
     contract: Contract
+
+    def to_dict(self) -> dict[str, object]:
+        """Return it as JSON values."""
+        return {"schema": RELEASED_SCHEMA, "version": str(self.version), "contract": self.contract.to_dict()}
+
+    @classmethod
+    def from_dict(cls, document: object) -> Released:
+        """Return what `to_dict` wrote, strictly.
+
+        Raises:
+            ArgumentError: `document` is not what `to_dict` writes; everything that is wrong is named.
+        """
+        reader = RecordReader(code="BAD_CONTRACT")
+        members = reader.read_members(document, ("schema", "version", "contract"), where="released")
+        if members["schema"] != RELEASED_SCHEMA:
+            reader.add(f"{RELEASED_SCHEMA!r}", members["schema"], where="schema")
+        problems, contract, version = reader.problems, Contract(), Version("0")
+        try:
+            version = Version(members["version"])
+        except VersionSyntaxError:
+            reader.add("a version", members["version"], where="version")
+        try:
+            contract = Contract.from_dict(members["contract"])
+        except ArgumentError as error:
+            problems += error.problems
+        if problems:
+            remedy = "write it again with Released.to_dict()."
+            raise ArgumentError(
+                "Expected a version and its contract as Released.to_dict writes them.", problems=problems, remedy=remedy
+            )
+        return cls(version=version, contract=contract)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

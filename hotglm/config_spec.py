@@ -10,6 +10,7 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -20,7 +21,7 @@ from typing import Any
 
 from hotglm.spelling import spell_type, spell_value
 
-__all__ = ["ConfigSource", "ConfigSpec", "FieldSpec"]
+__all__ = ["ConfigSource", "ConfigSpec", "FieldSpec", "fill_config"]
 
 ConfigSource = Callable[..., Any] | Mapping[str, Any]
 """A dataclass, pydantic model, `TypedDict` or other callable that takes its fields by name, or a mapping (see `of`)."""
@@ -208,3 +209,37 @@ def _spell_json(plain: Mapping[str, object]) -> str:
         return json.dumps(plain, sort_keys=True, ensure_ascii=True)
     except (TypeError, ValueError, RecursionError):
         return spell_value(dict(plain)) or ""
+
+
+# -- configs that are mappings -----------------------------------------------------------------------------------------
+
+
+def fill_config(declared: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` with the defaults of the mapping it was declared by; both are left as they are.
+
+    >>> fill_config({"width": int, "depth": (int, 2)}, {"width": 8})
+    {'width': 8, 'depth': 2}
+
+    Raises:
+        TypeError: fields are missing or unknown; all are named. A JSON schema knows every field unless it says
+            `"additionalProperties": false`.
+    """
+    spec = ConfigSpec.of(declared)
+    fields = {} if spec is None else {field.name: field for field in spec.fields}
+    properties = declared.get("properties")
+    is_schema = isinstance(properties, Mapping)
+    is_open = is_schema and declared.get("additionalProperties", True) is not False
+    missing = [name for name, field in fields.items() if not field.has_default and name not in config]
+    unknown = [] if is_open else [name for name in config if name not in fields]
+    if missing or unknown:
+        raise TypeError(f"missing fields {missing!a}, unknown fields {unknown!a}")
+    filled = {}
+    for name in fields:
+        part = properties[name] if isinstance(properties, Mapping) else declared[name]
+        if name in config:
+            filled[name] = config[name]
+        elif not is_schema:
+            filled[name] = copy.deepcopy(part[1])
+        elif isinstance(part, Mapping) and "default" in part:
+            filled[name] = copy.deepcopy(part["default"])
+    return {**filled, **config}

@@ -20,7 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from hotglm.errors import shorten_repr
+from hotglm.errors import ArgumentError, shorten_repr
 
 __all__ = ["MAX_REQUIREMENTS", "Environment", "Unmet", "find_distinct", "find_unmet", "parse_requirement"]
 
@@ -57,6 +57,37 @@ class Environment:
         canonical = canonicalize_name(name)
         return self.python if canonical == "python" else self.packages.get(canonical)
 
+    def to_dict(self) -> dict[str, object]:
+        """Return it as JSON values, in a fixed order."""
+        return {
+            "python": self.python,
+            "packages": dict(sorted(self.packages.items())),
+            "markers": dict(sorted(self.markers.items())),
+        }
+
+    @classmethod
+    def from_dict(cls, document: object) -> Environment:
+        """Return the environment that `to_dict` wrote; members that it does not write are passed over.
+
+        Args:
+            document: JSON values, as `json.loads` gives them; they may come from a file.
+
+        Raises:
+            ArgumentError: a member is not what `to_dict` writes; all are named.
+        """
+        members = document if isinstance(document, Mapping) else {}
+        wrong = [
+            *([] if isinstance(members.get("python"), str) else ["python"]),
+            *(name for name in ("packages", "markers") if not _is_of_texts(members.get(name))),
+        ]
+        if wrong:
+            raise ArgumentError(
+                f"Expected an environment as Environment.to_dict writes it, got bad {', '.join(wrong)}.",
+                code="BAD_ENVIRONMENT",
+                remedy="write the file with hotglm.save_weights.",
+            )
+        return cls(python=members["python"], packages=members["packages"], markers=members["markers"])
+
     def __hash__(self) -> int:
         """Hash by value."""
         return hash((self.python, frozenset(self.packages.items()), frozenset(self.markers.items())))
@@ -64,6 +95,15 @@ class Environment:
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle and copy by value: a read-only mapping view can be neither."""
         return (_rebuild, (self.python, dict(self.packages), dict(self.markers)))
+
+
+def _is_of_texts(value: object) -> bool:
+    """Tell whether `value` maps texts to texts, few enough and short enough to be looked at one by one."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) <= MAX_REQUIREMENTS
+        and all(isinstance(text, str) and len(text) <= _MAX_LENGTH for pair in value.items() for text in pair)
+    )
 
 
 def _rebuild(python: str, packages: dict[str, str], markers: dict[str, str]) -> Environment:

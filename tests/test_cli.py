@@ -15,6 +15,7 @@ import pytest
 
 import hotglm
 from hotglm import cli
+from hotglm.breakage import DtypeChanged
 from hotglm.commands.console import show_size
 from hotglm.errors import MissingExtraError
 
@@ -184,6 +185,11 @@ def test_another_layout_is_not_compatible(old: Path, tmp_path: Path, capsys: pyt
         "4 breakages: the code that holds the old one cannot hold the new one.",
         "Needs a step of minor, such as 1.3.0 after 1.2.0.",
         "Claims a step of patch (1.2.1 after 1.2.0): too little.",
+        "Remedies",
+        "  SHAPE_CHANGED: keep the shape, or register a migration that pads, slices or reshapes it",
+        f"  DTYPE_CHANGED: {DtypeChanged.remedy}",
+        "  TENSOR_MISSING: keep the tensor, or register a migration that renames or drops it",
+        "  TENSOR_UNEXPECTED: leave the tensor out, or register a migration that adds it with an initialiser",
     ]
 
 
@@ -215,8 +221,11 @@ def test_diff_as_json_is_one_document(old: Path, tmp_path: Path, capsys: pytest.
                     "persistent": True,
                     "tied": None,
                 },
+                "remedy": "keep the tensor, or register a migration that renames or drops it",
             }
         ],
+        "mode": None,
+        "incompatibilities": [],
     }
 
 
@@ -348,10 +357,11 @@ def run_process(*words: object, then: str = "", **environment: str) -> subproces
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["inspect", "{old}"], ["inspect", "--json", "{old}"], ["diff", "{old}", "{old}"]]
+    "words",
+    [["--help"], ["inspect", "{old}"], ["inspect", "--json", "{old}"], ["diff", "{old}", "{old}"], ["doctor", "{old}"]],
 )
 def test_no_command_imports_torch(words: list[str], old: Path) -> None:
-    """--help, inspect and diff start without torch, safetensors or numpy."""
+    """--help, inspect, diff and doctor start without torch, safetensors or numpy."""
     heavy = "print(sorted({'torch', 'safetensors', 'numpy'} & set(sys.modules)), file=sys.stderr)"
     done = run_process(*(word.format(old=old) for word in words), then=heavy)
     assert (done.returncode, done.stderr) == (0, "[]\n")

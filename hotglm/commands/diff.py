@@ -1,32 +1,35 @@
-"""`hotglm diff`: compare two weights and tell how big a step of the version they are apart."""
+"""`hotglm diff`: what changed between two versions, how big a step that is, and who gets along with whom."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from hotglm.breakage import Breakage, required_bump
 from hotglm.commands.command import NO, OK, Command
-from hotglm.commands.console import (
-    NAME_KEY,
-    identify_weights,
-    print_json,
-    read_declared_version,
-    show_count,
-    show_headline,
-)
+from hotglm.commands.console import print_json, show_count
+from hotglm.commands.subject import Subject, read_subject
 from hotglm.comparison import find_breakages
+from hotglm.compatibility import CompatibilityMode, Incompatibility, Released, find_incompatibilities
 from hotglm.contract import Contract
-from hotglm.release.files import WeightFiles, open_weights
+from hotglm.errors import ArgumentError, HotglmError, Problem
 from hotglm.version import Bump, Version
 
 __all__ = ["DIFF"]
 
+_SUBJECT = "weights as for inspect, a contract in a .json file, or package.module:Class, which is imported"
+
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("old", metavar="OLD", help="weights as for inspect")
-    parser.add_argument("new", metavar="NEW", help="weights as for inspect")
+    parser.add_argument("old", metavar="OLD", help=_SUBJECT)
+    parser.add_argument("new", metavar="NEW", help="likewise")
+    parser.add_argument(
+        "--mode",
+        choices=[mode.value for mode in CompatibilityMode],
+        help="tell whether NEW gets along with OLD (transitive: with the history too) and with the files of both",
+    )
+    parser.add_argument("--history", nargs="+", default=[], metavar="EARLIER", help="versions before OLD, for --mode")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
@@ -54,77 +57,156 @@ class _Step:
         return None if self.claimed is None else self.claimed >= self.needed or self.needed is Bump.PATCH
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """Everything that the command has to say."""
+
+    old: Subject
+    new: Subject
+    breakages: tuple[Breakage, ...]
+    step: _Step
+    mode: CompatibilityMode | None
+    findings: tuple[Incompatibility, ...]
+
+    @property
+    def is_renamed(self) -> bool:
+        """Whether the two are named as different models, which a slot would refuse (NAME_MISMATCH)."""
+        return None not in (names := {self.old.name, self.new.name}) and len(names) > 1
+
+    @property
+    def is_compatible(self) -> bool:
+        """Whether NEW may take the place of OLD: in the mode that was asked for, or else without any difference.
+
+        A file promises nothing but its name and layout, so every breakage that two files can have keeps one from taking
+        the place of the other under the same code; how big a step that is called is the author's business.
+        """
+        return not self.is_renamed and not (self.breakages if self.mode is None else self.findings)
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    with open_weights(arguments.old) as old, open_weights(arguments.new) as new:
-        breakages = tuple(find_breakages(_contract(old), _contract(new)))
-        step = _Step(
-            needed=max(Bump.PATCH, required_bump(breakages)),
-            old=read_declared_version(old),
-            new=read_declared_version(new),
+    if arguments.history and arguments.mode is None:
+        raise ArgumentError("Expected --mode with --history, got none.", remedy="add --mode backward_transitive.")
+    *history, old, new = (read_subject(word) for word in (*arguments.history, arguments.old, arguments.new))
+    if old.is_file != new.is_file:  # what only code knows is not compared with weights, which cannot tell
+        old, new = (replace(one, contract=_as_in_files(one.contract)) for one in (old, new))
+    breakages = tuple(find_breakages(old.contract, new.contract))
+    step = _Step(needed=max(Bump.PATCH, required_bump(breakages)), old=old.version, new=new.version)
+    mode = None if arguments.mode is None else CompatibilityMode.parse(arguments.mode)
+    findings = () if mode is None else tuple(_find_incompatibilities([*history, old], new, mode))
+    answer = _Answer(old=old, new=new, breakages=breakages, step=step, mode=mode, findings=findings)
+    if arguments.json:
+        print_json("hotglm.diff/1", _describe(answer))
+    else:
+        print("\n".join(_show(answer)))
+    return OK if answer.is_compatible else NO
+
+
+def _as_in_files(contract: Contract) -> Contract:
+    """Return what files of a version show: persistent tensors, a tied one under its first name."""
+    specs = contract.state.values()
+    held = {spec.name: (spec.dtype, spec.shape) for spec in specs if spec.persistent and spec.tied in (None, spec.name)}
+    return Contract.of_tensors(held)
+
+
+def _find_incompatibilities(history: Sequence[Subject], new: Subject, mode: CompatibilityMode) -> list[Incompatibility]:
+    without = [subject.path for subject in (*history, new) if subject.version is None]
+    if without:
+        message = "Expected a version that it carries or declares, got none"
+        raise ArgumentError(
+            "Expected versions to put in order.",
+            problems=[Problem(code="NO_VERSION", message=message, file=path) for path in without],
+            remedy="save weights with save_weights(version=...) and contracts with Released.to_dict(), and declare "
+            "classes with @hotglm.versioned.",
         )
-        if arguments.json:
-            print_json("hotglm.diff/1", _describe_diff(old, new, breakages=breakages, step=step))
-        else:
-            print("\n".join(_show_diff(old, new, breakages=breakages, step=step)))
-        # A file promises nothing but its name and layout, so every breakage that two files can have keeps one from
-        # taking the place of the other under the same code; how big a step that is called is the author's business.
-        return NO if breakages or _is_renamed(old, new) else OK
+    released = [Released(version=one.version, contract=one.contract) for one in (*history, new) if one.version]
+    return find_incompatibilities(released[:-1], released[-1], mode, has_path=_find_path(new, *reversed(history)))
 
 
-def _is_renamed(old: WeightFiles, new: WeightFiles) -> bool:
-    """Tell whether the two are named as different models, which a slot would refuse (NAME_MISMATCH)."""
-    names = {weights.metadata[NAME_KEY] for weights in (old, new) if NAME_KEY in weights.metadata}
-    return len(names) > 1
+def _find_path(*subjects: Subject) -> Callable[[Version, Version], bool]:
+    """Return what asks the migrations of the first class that has any for a path of at least one step."""
+    migrations = next((subject.migrations for subject in subjects if subject.migrations is not None), None)
+
+    def has_path(start: Version, end: Version) -> bool:
+        if migrations is None:
+            return False
+        try:
+            return not migrations.plan(start, end).is_empty
+        except HotglmError:  # no path, or an ambiguous one, which nobody can take either
+            return False
+
+    return has_path
 
 
-def _contract(weights: WeightFiles) -> Contract:
-    entries = ((name, location.entry) for name, location in weights.tensors.items())
-    return Contract.of_tensors({name: (entry.torch_dtype, entry.shape) for name, entry in entries})
+# -- JSON --------------------------------------------------------------------------------------------------------------
 
 
-def _describe_diff(
-    old: WeightFiles, new: WeightFiles, *, breakages: Iterable[Breakage], step: _Step
-) -> dict[str, object]:
-    breakages = list(breakages)
+def _describe(answer: _Answer) -> dict[str, object]:
+    step = answer.step
     return {
-        "old": identify_weights(old),
-        "new": identify_weights(new),
-        "compatible": not breakages and not _is_renamed(old, new),
-        "renamed": _is_renamed(old, new),
+        "old": answer.old.identify(),
+        "new": answer.new.identify(),
+        "compatible": answer.is_compatible,
+        "renamed": answer.is_renamed,
         "needed": step.needed.value,
         "claimed": None if step.claimed is None else step.claimed.value,
         "honest": step.is_honest,
         "honest_version": None if step.honest is None else str(step.honest),
-        "breakages": [breakage.to_dict() for breakage in breakages],
+        "breakages": [{**breakage.to_dict(), "remedy": breakage.remedy} for breakage in answer.breakages],
+        "mode": None if answer.mode is None else answer.mode.value,
+        "incompatibilities": [finding.to_dict() for finding in answer.findings],
     }
 
 
-def _show_diff(old: WeightFiles, new: WeightFiles, *, breakages: Sequence[Breakage], step: _Step) -> Iterator[str]:
-    yield f"old: {show_headline(old)}"
-    yield f"new: {show_headline(new)}"
-    if _is_renamed(old, new):
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def _show(answer: _Answer) -> Iterator[str]:
+    breakages, step = answer.breakages, answer.step
+    yield f"old: {answer.old.show()}"
+    yield f"new: {answer.new.show()}"
+    if answer.is_renamed:
         yield "  - NAME_MISMATCH: they are named as different models; a slot of the one refuses the other"
     yield from (f"  - {breakage.code} ({breakage.bump.value}): {breakage.explain()}" for breakage in breakages)
-    if breakages:
-        yield f"{show_count(len(breakages), 'breakage')}: the code that holds the old one cannot hold the new one."
-    else:
-        yield "Same names, shapes and dtypes: the code that holds the old one holds the new one."
+    yield from _conclude(answer)
     honest = "" if step.honest is None else f", such as {step.honest} after {step.old}"
     yield f"Needs a step of {step.needed.value}{honest}."
     if step.claimed is not None:
         order = "after" if step.old is None or step.new is None or step.new >= step.old else "going back from"
-        yield f"Claims a step of {step.claimed.value} ({step.new} {order} {step.old}): {_judge(step)}."
+        judged = "enough" if step.is_honest else "too little"
+        yield f"Claims a step of {step.claimed.value} ({step.new} {order} {step.old}): {judged}."
+    if answer.mode is not None:
+        yield from _show_mode(answer.mode, answer.findings)
+    yield from _show_remedies([*breakages, *(finding.breakage for finding in answer.findings)])
 
 
-def _judge(step: _Step) -> str:
-    return "enough" if step.is_honest else "too little"
+def _conclude(answer: _Answer) -> Iterator[str]:
+    num, are_files = len(answer.breakages), answer.old.is_file or answer.new.is_file
+    if are_files and num:
+        yield f"{show_count(num, 'breakage')}: the code that holds the old one cannot hold the new one."
+    elif are_files:
+        yield "Same names, shapes and dtypes: the code that holds the old one holds the new one."
+    else:
+        yield f"{show_count(num, 'breakage')}." if num else "Nothing that callers, files or configs can notice."
+
+
+def _show_mode(mode: CompatibilityMode, findings: Sequence[Incompatibility]) -> Iterator[str]:
+    yield f"Compatibility {mode.value}: {'no' if findings else 'yes'}."
+    yield from (f"  - {finding.explain()}" for finding in findings)
+
+
+def _show_remedies(breakages: Sequence[Breakage]) -> Iterator[str]:
+    """Show what to do, once for each kind of breakage."""
+    remedies = {breakage.code: breakage.remedy for breakage in breakages}
+    if remedies:
+        yield "Remedies"
+        yield from (f"  {code}: {remedy}" for code, remedy in remedies.items())
 
 
 DIFF = Command(
     name="diff",
-    summary="compare two weights and tell how big a step of the version they are apart",
-    epilog="Exit code: 0 if NEW fills the code that holds OLD as it is, 1 if it does not or names another model, "
-    "2 on an error.",
+    summary="compare two versions and tell how big a step they are apart, and who gets along with whom",
+    epilog="Exit code: 0 if NEW may take the place of OLD (without --mode: if nothing differs), 1 if it may not or "
+    "names another model, 2 on an error.",
     add_arguments=_add_arguments,
     run=_run,
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from hotglm.model.recording import record_outputs
 from hotglm.model.registry import find_definition
 from hotglm.weights.dtypes import dtype_name
 
-__all__ = ["StateEntry", "contract_of", "find_state", "find_tensor_fault", "verify_holdable"]
+__all__ = ["StateEntry", "contract_of", "describe_module", "find_state", "find_tensor_fault", "verify_holdable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +78,11 @@ def contract_of(module: nn.Module, *, inputs: Iterable[Any] = ()) -> Contract:
         ArgumentError: the module does not take some of `inputs`, all named.
     """
     verify_holdable(module)
+    return replace(describe_module(module), outputs=record_outputs(module, inputs))
+
+
+def describe_module(module: nn.Module) -> Contract:
+    """Return the contract of a module that no slot need be able to hold, such as one on the meta device."""
     entries = list(find_state(module))
     groups: dict[object, list[str]] = {}
     for entry in entries:
@@ -100,13 +105,13 @@ def contract_of(module: nn.Module, *, inputs: Iterable[Any] = ()) -> Contract:
         config=ConfigSpec.of(definition.config) if definition and definition.config else None,
         capabilities=definition.capabilities if definition else frozenset(),
         requires=definition.requires if definition else (),
-        outputs=record_outputs(module, inputs),
     )
 
 
 def _identity(tensor: torch.Tensor) -> object:
-    # Two names are tied when they are the same elements in the same order. Empty tensors share no element.
-    if tensor.numel() == 0:
+    # Two names are tied when they are the same elements in the same order. Empty tensors share no element, and those on
+    # the meta device have no address.
+    if tensor.numel() == 0 or tensor.is_meta:
         return id(tensor)
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hotglm.config_spec import ConfigSource, fill_config
 from hotglm.errors import DefinitionError, shorten_repr
 from hotglm.migration.registry import Migrations
 from hotglm.problem import describe_exception
@@ -43,7 +44,7 @@ class Definition:
         name: the model's name, the same for all its versions.
         version: the version of this code.
         reads: the versions of weights that this code can hold.
-        config: a dataclass (or any callable taking the config's fields by name) passed to the class, or None.
+        config: what makes the config that is passed to the class (see `ConfigSpec.of`), or None.
         requires: PEP 508 requirements on `python` and packages.
         capabilities: free words for what the model can do.
         model: the class.
@@ -52,7 +53,7 @@ class Definition:
     name: str
     version: Version
     reads: VersionRange | None
-    config: Callable[..., Any] | None
+    config: ConfigSource | None
     requires: tuple[str, ...]
     capabilities: frozenset[str]
     model: type[nn.Module]
@@ -66,7 +67,7 @@ class Definition:
         if self.config is None or not isinstance(config, Mapping):
             return config
         try:
-            return self.config(**config)
+            return fill_config(self.config, config) if isinstance(self.config, Mapping) else self.config(**config)
         except Exception as error:
             raise self._unfit(error) from error
 
@@ -79,7 +80,7 @@ class Definition:
         try:
             if self.config is None:
                 return self.model()
-            return self.model(self.config() if config is None else self.make_config(config))
+            return self.model(self.make_config({} if config is None else config))
         except DefinitionError:
             raise
         except Exception as error:
@@ -119,7 +120,7 @@ def versioned(
     version: str | Version,
     *,
     reads: str | VersionRange | None = None,
-    config: Callable[..., Any] | None = None,
+    config: ConfigSource | None = None,
     requires: Iterable[str] = (),
     capabilities: Iterable[str] = (),
 ) -> Callable[[ModelClass], ModelClass]:
@@ -131,7 +132,9 @@ def versioned(
         name: the model's name.
         version: the version of this code.
         reads: the versions of weights that this code can hold; None means those whose layout fits.
-        config: the config's dataclass; the class is then constructed as `Model(config(**fields))`, else as `Model()`.
+        config: a dataclass, pydantic model or `TypedDict`, or a mapping of names to types or pairs of type and default;
+            the class is then constructed as `Model(config(**fields))`, for a mapping as `Model(fields)`, else as
+            `Model()`.
         requires: requirements such as `"torch>=2.6"`, decided before anything is loaded.
         capabilities: what the model can do, in words of the user's own.
 
@@ -221,8 +224,19 @@ def migrations_of(model: type[nn.Module] | str) -> Migrations:
 
 
 def read_config(module: nn.Module) -> Mapping[str, Any] | None:
-    """Return the fields of the config object a module keeps as `config`, where that is a dataclass; else None."""
-    config = getattr(module, "config", None)
+    """Return the fields of the config that a module keeps as `config`: of a dataclass; else None.
+
+    Where a config was declared of the class, of a mapping or a pydantic model too.
+    """
+    config: Any = getattr(module, "config", None)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    definition = find_definition(type(module))
+    if definition is None or definition.config is None:
+        return None
+    if isinstance(config, Mapping):
+        return dict(config)
+    if isinstance(getattr(type(config), "model_fields", None), Mapping):
+        fields: Mapping[str, Any] = config.model_dump(mode="json", by_alias=True)
+        return fields
     return None

@@ -9,7 +9,7 @@ Rules this module keeps:
   as it is written. Nothing but torch is needed for it.
 - A tied tensor of a module is written once, under its first name; of a mapping, every name is.
 - The metadata keys are those that staging reads: `hotglm.name`, `hotglm.version`, `hotglm.config`, `hotglm.requires`,
-  `hotglm.digests`, `hotglm.module_versions`.
+  `hotglm.digests`, `hotglm.module_versions`; and `hotglm.environment`, where the file was made, for `hotglm doctor`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from hotglm.model.module_versions import find_module_versions, format_module_ver
 from hotglm.model.registry import find_definition, read_config
 from hotglm.model.whole_file import verify_path, write_whole
 from hotglm.problem import describe_exception
+from hotglm.release.environment import CREATION_KEY, format_creation
 from hotglm.version import Version
 from hotglm.weights.digest import digest_tensor, tensor_bytes, view_buffer
 from hotglm.weights.dtypes import LOADABLE_DTYPES, dtype_name
@@ -179,6 +180,7 @@ def _describe(
         "hotglm.version": None if chosen is None else str(Version(chosen)),
         "hotglm.config": None if fields is None else _format_config(fields),
         "hotglm.requires": _format_requirements(requires),
+        CREATION_KEY: format_creation((*requires, *(definition.requires if definition else ()))),
         MODULE_VERSIONS_KEY: None if parts is None else format_module_versions(parts),
     }
     return {key: value for key, value in metadata.items() if value is not None}

@@ -4,7 +4,8 @@ Rules this module keeps:
 
 - Digests are those of each shard's own tensors, so they are united; one tensor has one digest.
 - Of the other keys of hotglm each has one value, or the shards are from different versions.
-- A key of somebody else's that differs from shard to shard says nothing about all of them and is left out.
+- A key of somebody else's that differs from shard to shard says nothing about all of them and is left out; so does the
+  environment that shards were made in.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping
 
 from hotglm.document import Report, parse_json
 from hotglm.errors import ShardIndexError, shorten_repr
+from hotglm.release.environment import CREATION_KEY
 
 __all__ = ["merge_metadata"]
 
@@ -42,7 +44,7 @@ def merge_metadata(shards: Iterable[tuple[str, Mapping[str, str]]], *, report: R
             merged[key] = next(iter(found))
         elif key == _DIGESTS:
             merged[key] = _unite_digests(found, report=report)
-        elif key.startswith(_OURS):
+        elif key.startswith(_OURS) and key != CREATION_KEY:  # shards may be made on several machines
             _report_conflict(key, found, report=report)
     return merged
 
