@@ -61,8 +61,8 @@ def make_tensors(state: Mapping[str, TensorSpec], seed: int) -> dict[str, torch.
     return tensors
 
 
-def draw_operation(draw: st.DrawFn, state: Mapping[str, TensorSpec]) -> Operation:
-    """Draw an operation that fits `state` and has an inverse; over all layers where these are alike, else on one."""
+def draw_operation(draw: st.DrawFn, state: Mapping[str, TensorSpec]) -> Operation:  # noqa: C901, PLR0911, PLR0912
+    """Draw an operation that fits `state` and has an inverse, on all layers where they are alike; a case for each kind."""
     name = draw(st.sampled_from(sorted(state)))
     target = _Target(name, state)
     spec = state[name]
@@ -139,7 +139,7 @@ class _Target:
     def fresh(self, number: int) -> str:
         """Return the template of a name that is free in all layers."""
         taken = {name.rpartition(".")[2] for name in self.state}
-        return self.place([free for k in range(99) if (free := f"n{k}") not in taken][number])
+        return self.place([free for k in range(9999) if (free := f"n{k}") not in taken][number])
 
     def find_partners(self) -> list[str]:
         """Return what may be put beside it: other tensors of the same spec."""
