@@ -55,7 +55,7 @@ class Migrations:
             raise ArgumentError(f"Expected a model name, got {shorten_repr(name)}.", remedy="give a non-empty string.")
         self.name = name
         self._lock = threading.Lock()
-        self._steps: dict[tuple[str, Version], Step] = {}
+        self._steps: dict[tuple[object, Version], Step] = {}
         self._graph: Graph | None = None
 
     # -- registering ---------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Migrations:
 
     def _add(self, source: _Source, target: Version, parts: Mapping[str, Any]) -> None:
         made = make_source(source, target)
-        key = (str(made.range), target)
+        key = (made.key, target)
         with self._lock:
             known = self._steps.get(key) or Step(source=made, target=target)
             for part, definition in parts.items():
@@ -186,7 +186,7 @@ class Migrations:
 
         `TWO_HEADS`: no step leads up from a layout that is not the newest. `GAP`: versions between the sources of two
         steps belong to neither. `UNREACHABLE`: no version arrives where a step begins. `AMBIGUOUS_PATH`: two shortest
-        paths. `NO_WAY_DOWN`: a step cannot be gone down, and why.
+        paths to the newest layout. `NO_WAY_DOWN`: a step cannot be gone down, and why.
         """
         return tuple(self.graph.find_problems())
 

@@ -62,7 +62,7 @@ def make_tensors(state: Mapping[str, TensorSpec], seed: int) -> dict[str, torch.
 
 
 def draw_operation(draw: st.DrawFn, state: Mapping[str, TensorSpec]) -> Operation:  # noqa: C901, PLR0911, PLR0912
-    """Draw an operation that fits `state` and has an inverse, on all layers where they are alike; a case for each kind."""
+    """Draw an operation that fits `state` and has an inverse, on all layers where they are alike; one case a kind."""
     name = draw(st.sampled_from(sorted(state)))
     target = _Target(name, state)
     spec = state[name]
