@@ -66,7 +66,7 @@ def _apply(node: Expression, operands: list[torch.Tensor], sources: State) -> to
             assert all(bits(operand) == bits(operands[0]) for operand in operands)
             return operands[0]
         case Called():
-            made = node.function(dict(zip(node.reads, operands, strict=True)))
+            made: Mapping[str, torch.Tensor] = node.function(dict(zip(node.reads, operands, strict=True)))
             return made[node.writes[node.index][0]]
         case _:
             raise AssertionError(node)

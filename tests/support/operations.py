@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 import hotglm
 from hotglm.migration.expression import Expression, Source, TensorSpec
+from hotglm.migration.initialisers import Initialiser
 from hotglm.migration.operation import Operation
 
 __all__ = ["DTYPES", "draw_operation", "make_sources", "make_tensors", "specs"]
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "uint8", "bool")
 _LAYERS = ("0", "1")
+_INITIALISERS: tuple[Initialiser, ...] = (hotglm.Zeros(), hotglm.Ones(), hotglm.Constant(3), hotglm.Normal(0.5, 7))
 _PARTS = ("a", "b", "c.d")
 _WIDER = {
     "bfloat16": "float32",
@@ -89,10 +91,7 @@ def draw_operation(draw: st.DrawFn, state: Mapping[str, TensorSpec]) -> Operatio
             return hotglm.Untie((target.pattern, target.fresh(0), target.fresh(1)))
         case "add":
             each = target.pattern if target.is_general else None
-            initialiser = draw(
-                st.sampled_from([hotglm.Zeros(), hotglm.Ones(), hotglm.Constant(3), hotglm.Normal(0.5, 7)])
-            )
-            return hotglm.Add(target.fresh(0), (2, 3), "float32", initialiser, each=each)
+            return hotglm.Add(target.fresh(0), (2, 3), "float32", draw(st.sampled_from(_INITIALISERS)), each=each)
         case "split":
             size = spec.shape[dim]
             cut = draw(st.integers(1, size - 1)) if size > 1 else 1
