@@ -213,13 +213,13 @@ def test_an_instance_may_have_migrations_of_its_own(kind: str) -> None:
         def __init__(self) -> None:
             super().__init__(2, 2)
             if kind == "submodule":
-                self.migrations = nn.Linear(2, 2)  # type: ignore[assignment]
+                self.migrations = nn.Linear(2, 2)
             elif kind == "parameter":
                 self.register_parameter("migrations", nn.Parameter(torch.ones(2)))
             elif kind == "buffer":
                 self.register_buffer("migrations", torch.ones(2))
             else:
-                self.migrations = 3
+                self.migrations = 3  # type: ignore[assignment]
 
     model = Ranker()
     assert not isinstance(model.migrations, hotglm.Migrations)
