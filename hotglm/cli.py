@@ -20,6 +20,7 @@ from hotglm import __version__
 from hotglm.commands.command import ERROR, Command
 from hotglm.commands.diff import DIFF
 from hotglm.commands.doctor import DOCTOR
+from hotglm.commands.golden import GOLDEN
 from hotglm.commands.inspect import INSPECT
 from hotglm.errors import HotglmError
 from hotglm.problem import describe_exception
@@ -28,7 +29,7 @@ __all__ = ["main"]
 
 _DEMO_MODULE = "hotglm.demo.main"
 
-COMMANDS: tuple[Command, ...] = (INSPECT, DIFF, DOCTOR)
+COMMANDS: tuple[Command, ...] = (INSPECT, DIFF, DOCTOR, GOLDEN)
 """Every command but `demo`, in the order of the help."""
 
 

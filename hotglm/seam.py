@@ -78,7 +78,11 @@ class Seam:
         thread.start()
 
     def reach(self, place: str) -> None:
-        """Do nothing; a stage has come to `place`: `"stage.load"` and the like, `"migration_step"` or `"warm_up"`."""
+        """Do nothing; a stage has come to `place`.
+
+        That is `"stage.load"` and the like for its parts, `"migration_step"` for each step of a path that was planned,
+        `"migration_unit"` for each group of tensors that is computed, or `"warm_up"` for each warm-up pass.
+        """
 
 
 def _find_madvise() -> Callable[[int, int, int], int] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["hotglm.pytest_plugin"]  # by name, so that a checkout that is not installed has it too
+
 # Deterministic in CI; `make test-all` searches longer (`--hypothesis-profile=long`), still from the same seed.
 settings.register_profile("short", derandomize=True, deadline=None, database=None)
 settings.register_profile("long", derandomize=True, deadline=None, database=None, max_examples=2000)

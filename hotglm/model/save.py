@@ -37,7 +37,7 @@ from hotglm.version import Version
 from hotglm.weights.digest import digest_tensor, tensor_bytes, view_buffer
 from hotglm.weights.dtypes import LOADABLE_DTYPES, dtype_name
 
-__all__ = ["save_weights"]
+__all__ = ["save_weights", "untied_state"]
 
 _FORMAT_NAMES = {info.torch_name: name for name, info in DTYPES.items() if info.torch_name}
 
@@ -91,7 +91,7 @@ def save_weights(
 
 def _collect(source: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if isinstance(source, nn.Module):
-        tensors = dict(_untied(source))
+        tensors = dict(untied_state(source))
     elif isinstance(source, Mapping):
         tensors = dict(source)
     else:
@@ -106,7 +106,7 @@ def _collect(source: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.
     return tensors
 
 
-def _untied(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def untied_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the state of a module, what has several names under the first of them."""
     seen: set[tuple[object, ...]] = set()
     for entry in find_state(module):

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from hotglm import seam
 from hotglm.contract import Contract
 from hotglm.errors import MigrationError, NoPathError, UnknownVersionError
 from hotglm.migration.expression import Expression, Source, TensorSpec
@@ -56,6 +57,8 @@ def migrate_offer(
     if config is not None and takes_config:
         config = MappingProxyType(path.migrate_config(dict(config)))
     plan = path.plan_state(_find_specs(offer.contract))
+    for _ in path.hops:
+        seam.active.reach("migration_step")
     lines = _describe(path, version, is_stamped=is_stamped)
     return _with_plan(offer, plan, config=config, lines=lines, steps=find_steps(path))
 

@@ -17,36 +17,63 @@ if TYPE_CHECKING:
         assert_refused,
         assert_swap_equals_cold,
     )
+    from hotglm.testing.family import ModelFamily
     from hotglm.testing.faults import FAULT_KINDS, FaultPlan, InjectedFaultError
+    from hotglm.testing.golden_proof import GoldenProof, assert_goldens_load, verify_golden
+    from hotglm.testing.golden_shelf import GoldenShelf
+    from hotglm.testing.goldens import GoldenRelease, find_goldens, make_golden, read_golden
+    from hotglm.testing.round_trip import assert_round_trip, migrate_state
     from hotglm.testing.traffic import Tolerance, Traffic
     from hotglm.testing.usage import assert_no_leak
 
 __all__ = [
     "FAULT_KINDS",
     "FaultPlan",
+    "GoldenProof",
+    "GoldenRelease",
+    "GoldenShelf",
     "InjectedFaultError",
+    "ModelFamily",
     "Tolerance",
     "Traffic",
     "assert_faults_change_nothing",
+    "assert_goldens_load",
     "assert_no_leak",
     "assert_no_recompile",
     "assert_no_torn_pass",
     "assert_refused",
+    "assert_round_trip",
     "assert_swap_equals_cold",
+    "find_goldens",
+    "make_golden",
+    "migrate_state",
+    "read_golden",
+    "verify_golden",
 ]
 
 _EXPORTS = {
     "FAULT_KINDS": "hotglm.testing.faults",
     "FaultPlan": "hotglm.testing.faults",
+    "GoldenProof": "hotglm.testing.golden_proof",
+    "GoldenRelease": "hotglm.testing.goldens",
+    "GoldenShelf": "hotglm.testing.golden_shelf",
     "InjectedFaultError": "hotglm.testing.faults",
+    "ModelFamily": "hotglm.testing.family",
     "Tolerance": "hotglm.testing.traffic",
     "Traffic": "hotglm.testing.traffic",
     "assert_faults_change_nothing": "hotglm.testing.assertions",
+    "assert_goldens_load": "hotglm.testing.golden_proof",
     "assert_no_leak": "hotglm.testing.usage",
     "assert_no_recompile": "hotglm.testing.assertions",
     "assert_no_torn_pass": "hotglm.testing.assertions",
     "assert_refused": "hotglm.testing.assertions",
+    "assert_round_trip": "hotglm.testing.round_trip",
     "assert_swap_equals_cold": "hotglm.testing.assertions",
+    "find_goldens": "hotglm.testing.goldens",
+    "make_golden": "hotglm.testing.goldens",
+    "migrate_state": "hotglm.testing.round_trip",
+    "read_golden": "hotglm.testing.goldens",
+    "verify_golden": "hotglm.testing.golden_proof",
 }
 """The module that each public name is fetched from."""
 

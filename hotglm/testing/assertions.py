@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,9 @@ __all__ = [
     "assert_refused",
     "assert_swap_equals_cold",
     "find_codes",
+    "find_cold_differences",
+    "look_at",
+    "verify_unchanged",
 ]
 
 _MAX_NTH = 200
@@ -57,13 +60,19 @@ def assert_swap_equals_cold(
         AssertionError: with every difference.
     """
     with slot.acquire() as generation:
-        live = generation.module
-        wrong = describe_differences(_state_of(cold), _state_of(live), name="state")
-        if inputs is not None and not wrong:
-            expected = call_with(cold, inputs)
-            wrong = describe_differences(expected, call_with(live, inputs), tolerance=tolerance)
+        wrong = find_cold_differences(generation.module, cold, inputs, tolerance=tolerance)
     if wrong:
         raise AssertionError(_list(f"Expected version {slot.version} to equal a cold load of it, got:", wrong))
+
+
+def find_cold_differences(
+    module: nn.Module, cold: nn.Module, inputs: Inputs | None = None, *, tolerance: Tolerance = EXACT
+) -> list[str]:
+    """Return in words where `module` differs from `cold` in state, or if not there, in the answer to `inputs`."""
+    wrong = describe_differences(_state_of(cold), _state_of(module), name="state")
+    if inputs is None or wrong:
+        return wrong
+    return describe_differences(call_with(cold, inputs), call_with(module, inputs), tolerance=tolerance)
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def assert_refused(*codes: str, slot: ModuleSlot | None = None, inputs: Inputs |
     Raises:
         AssertionError: nothing was refused, or for other reasons, or the slot has changed.
     """
-    before = None if slot is None else _look(slot, inputs)
+    before = None if slot is None else look_at(slot, inputs)
     refusal, wanted = Refusal(), " and ".join(codes) or "any reason"
     try:
         yield refusal
@@ -157,8 +166,18 @@ def assert_refused(*codes: str, slot: ModuleSlot | None = None, inputs: Inputs |
             f"Expected a refusal for {' and '.join(missing)}, got one for {', '.join(sorted(refusal.codes))}:\n"
             f"{refusal.error}"
         ) from refusal.error
-    if slot is not None and (wrong := describe_differences(before, _look(slot, inputs), name="slot")):
-        raise AssertionError(_list("Expected a refusal that changes nothing, got:", wrong)) from refusal.error
+    if slot is not None and before is not None:
+        verify_unchanged(slot, before, inputs=inputs)
+
+
+def verify_unchanged(slot: ModuleSlot, before: Mapping[str, Any], *, inputs: Inputs | None = None) -> None:
+    """Return if the slot is as it was when `look_at` returned `before`.
+
+    Raises:
+        AssertionError: with everything that changed.
+    """
+    if wrong := describe_differences(before, look_at(slot, inputs), name="slot"):
+        raise AssertionError(_list("Expected a refusal that changes nothing, got:", wrong))
 
 
 def find_codes(error: HotglmError) -> frozenset[str]:
@@ -168,7 +187,8 @@ def find_codes(error: HotglmError) -> frozenset[str]:
     return frozenset({error.code, *(p.code for p in error.problems), *(reason.code for reason in reasons)})
 
 
-def _look(slot: ModuleSlot, inputs: Inputs | None) -> dict[str, Any]:
+def look_at(slot: ModuleSlot, inputs: Inputs | None = None) -> dict[str, Any]:
+    """Return copies of everything that a refusal must not change: version, generation, history, weights, answer."""
     with slot.acquire() as generation:
         return {
             "version": str(slot.version),
@@ -215,12 +235,12 @@ def assert_faults_change_nothing(
 
 def _fail_once(slot: ModuleSlot, update: Callable[[], object], *, inputs: Inputs | None, kind: str, nth: int) -> bool:
     """Run one update with one fault; return whether the fault came."""
-    before, wrong = _look(slot, inputs), ""
+    before, wrong = look_at(slot, inputs), ""
     with FaultPlan().inject(kind, nth) as plan:
         try:
             update()
         except HotglmError:
-            changed = describe_differences(before, _look(slot, inputs), name="slot")
+            changed = describe_differences(before, look_at(slot, inputs), name="slot")
             wrong = _list("a refusal after which the slot has changed:", changed) if changed else ""
         except Exception as error:  # noqa: BLE001 - that it is any other is what is looked for
             wrong = describe_exception(error)

@@ -44,7 +44,7 @@ _CALLS: Mapping[str, tuple[str, ...]] = {
 slot maps it in its first updates only."""
 
 _PARTS = ("open", "decide", "plan", "memory", "copy", "load", "refresh", "check")
-_PLACES = ("migration_step", "warm_up", *(f"stage.{part}" for part in _PARTS))
+_PLACES = ("migration_step", "migration_unit", "warm_up", *(f"stage.{part}" for part in _PARTS))
 
 FAULT_KINDS = (*_CALLS, *_PLACES)
 """Every kind of fault: calls to the operating system, then places that a stage comes to."""

@@ -85,7 +85,7 @@ class Traffic:
             timeout_s: how long to wait for a pass to begin and end, in seconds.
         """
         self._slot = slot
-        self._inputs = inputs
+        self.inputs = inputs
         self._tolerance = tolerance
         self._timeout_s = timeout_s
         self._mode = GradMode.current()
@@ -111,7 +111,7 @@ class Traffic:
 
     def ask(self) -> Any:
         """Run one pass in the calling thread and return the answer."""
-        return call_with(self._slot, self._inputs)
+        return call_with(self._slot, self.inputs)
 
     def announce(self, answer: Any) -> None:
         """Let passes give `answer` from now on, beside those they may give already; call it before the change."""

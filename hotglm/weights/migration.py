@@ -33,6 +33,7 @@ from types import MappingProxyType
 
 import torch
 
+from hotglm import seam
 from hotglm.errors import DigestMismatchError, TensorValueError
 from hotglm.migration.expression import find_sources
 from hotglm.migration.plan import StatePlan, Unit
@@ -312,6 +313,7 @@ class _Job:
             self._prove(name, None, is_first=False)
 
     def _evaluate(self, unit: Unit, names: list[str]) -> Evaluation:
+        seam.active.reach("migration_unit")
         outputs = [self._plan.outputs[name] for name in names]
         calls = any(map(has_call, outputs))
         needed = self._find_needed(unit, names)
