@@ -225,7 +225,7 @@ class Called(Expression):
         label: what to call the function in texts.
     """
 
-    function: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    function: Callable[[dict[str, Any]], Mapping[str, Any]]
     operands: tuple[Expression, ...]
     reads: tuple[str, ...]
     writes: tuple[tuple[str, TensorSpec], ...]

@@ -133,13 +133,32 @@ class Graph:
                 code="TWO_HEADS",
                 message=f"Expected one head, got {head} beside {heads[-1]}: no step leads up from {head}.",
             )
-        for start in sorted({step.source.low for step in self.steps if self.find_layout(step.source.low) == 0}):
-            found = self._search_up(start, len(self.targets))
-            for layout in sorted(found):
-                ways = list(itertools.islice(_find_ways(found, layout), 2))
-                if len(ways) > 1:
-                    yield from _describe_ambiguity(start, self.targets[layout - 1], ways).problems
-                    break
+        last = len(self.targets)
+        for start in self._find_ambiguous(last):
+            ways = itertools.islice(_find_ways(self._search_up(start, last), last), 2)
+            yield from _describe_ambiguity(start, self.targets[-1], list(ways)).problems
+
+    def _find_ambiguous(self, last: int) -> list[Version]:
+        """Return where several shortest paths to the layout `last` begin, of the versions that steps start from."""
+        targets = set(self.targets)
+        distance, num_ways = [*[_FAR] * last, 0], [*[0] * last, 1]
+        between = {step.source.low: (_FAR, 0) for step in self.steps if step.source.low not in targets}
+
+        def relax(known: tuple[int, int], layout: int) -> tuple[int, int]:
+            there = distance[layout] + 1
+            if there > known[0]:
+                return known
+            return there, num_ways[layout] if there < known[0] else min(2, num_ways[layout] + known[1])
+
+        for layout in range(last, 0, -1):
+            for place in self._into[layout] if distance[layout] < _FAR else ():
+                for origin in itertools.chain(*place.origins):
+                    distance[origin], num_ways[origin] = relax((distance[origin], num_ways[origin]), layout)
+                for start, known in between.items():
+                    if start in place.step.source:
+                        between[start] = relax(known, layout)
+        starts = [start for start, (_, ways) in between.items() if ways > 1]
+        return sorted(starts + [self.targets[k - 1] for k in range(1, last) if num_ways[k] > 1])
 
     def _find_gaps(self) -> Iterator[Problem]:
         """Yield the stretches before the first target that lie between the sources of steps."""
@@ -230,41 +249,42 @@ class Graph:
 
     def _describe_gap(self, source: Version, target: Version, found: dict[int, _Reached]) -> NoPathError:
         is_up = source < target
-        furthest = (max if is_up else min)((self.targets[layout - 1] for layout in found if layout > 0), default=source)
-        low, high = sorted((furthest, target))
-        near = [
-            step for step in self.steps if low <= step.target <= high or low <= step.source.low <= high
-        ] or self.steps
-        below = max((step for step in near if step.source.low <= furthest), key=lambda s: s.source.low, default=None)
-        above = min((step for step in near if step.source.low > furthest), key=lambda s: s.source.low, default=None)
-        problems = [
-            Problem(
-                code="NEAREST",
-                message=f"The step {step} starts from {step.source.range}, which {furthest} is not in."
-                if furthest not in step.source
-                else f"The step {step} does not lead on to {target}.",
-            )
-            for step in (below, above)
-            if is_up and step is not None
-        ]
-        if not is_up:
-            layout = self.find_layout(furthest)
-            problems = [
-                Problem(
-                    code="NO_WAY_DOWN" if place.step.one_way else "NEAREST",
-                    message=f"The step {place.step} cannot be gone down: {'; '.join(place.step.one_way)}."
-                    if place.step.one_way
-                    else f"The step {place.step} leads down to {place.step.source.range}, which {target} is not in.",
-                )
-                for place in self._into[layout]
-            ]
-        reached = f"nothing that starts from {source}" if furthest == source else f"a way to {furthest} and no further"
+        reached = [self.targets[layout - 1] for layout in found if layout > 0]
+        furthest = (max if is_up else min)(reached, default=source)
         return NoPathError(
-            f"Expected steps from {source} {'up' if is_up else 'down'} to {target}, got {reached}.",
-            problems=problems,
-            remedy="register the missing step, or the way down of the step named (`down`, `restore`, `was`).",
-            code="NO_PATH",
+            f"Expected steps from {source} {'up' if is_up else 'down'} to {target}, got "
+            + ("none that starts there." if furthest == source else f"a way to {furthest} and no further."),
+            problems=list(
+                self._find_missing_up(furthest, target) if is_up else self._find_missing_down(furthest, target)
+            ),
+            remedy="register the missing step, or what a step lacks to be gone down (`down`, `restore`, `was`).",
         )
+
+    def _find_missing_up(self, furthest: Version, target: Version) -> Iterator[Problem]:
+        """Yield the steps nearest to `furthest` on both sides that would lead on to `target`."""
+        leading, last = set[int](), self.find_layout(target)
+        for layout in range(last, 0, -1):
+            if layout == last or layout in leading:
+                leading.update(below for place in self._into[layout] for run in place.origins for below in run)
+        steps = [place.step for layout in {last, *leading} for place in self._into[layout]]
+        below = max((s for s in steps if s.source.low <= furthest), key=lambda s: s.source.high, default=None)
+        above = min((s for s in steps if s.source.low > furthest), key=lambda s: s.source.low, default=None)
+        for step in (below, above):
+            if step is not None:
+                yield Problem(
+                    code="NEAREST_STEP",
+                    message=f"Expected {furthest} in the source of {step}, got {step.source.range}.",
+                )
+
+    def _find_missing_down(self, furthest: Version, target: Version) -> Iterator[Problem]:
+        """Yield why each step that leads down from `furthest` cannot be gone, or does not lead on to `target`."""
+        for place in self._into[self.find_layout(furthest)]:
+            step = place.step
+            if step.one_way:
+                message = f"Expected {step} to have a way down, got none: {'; '.join(step.one_way)}."
+            else:
+                message = f"Expected {target} in the source of {step}, got {step.source.range}."
+            yield Problem(code="NO_WAY_DOWN" if step.one_way else "NEAREST_STEP", message=message)
 
 
 def _find_least(distance: Sequence[int], start: int, stop: int) -> Iterator[int]:
@@ -291,7 +311,13 @@ def _find_ways(found: dict[int, _Reached], layout: int) -> Iterator[tuple[Hop, .
 def _describe_ambiguity(source: Version, target: Version, ways: Sequence[tuple[Hop, ...]]) -> AmbiguousPathError:
     return AmbiguousPathError(
         f"Expected one shortest path from {source} to {target}, got several of {len(ways[0])} hops.",
-        problems=[Problem(code="AMBIGUOUS_PATH", message=format_hops(hops)) for hops in ways],
+        problems=[
+            Problem(
+                code="AMBIGUOUS_PATH",
+                message=", ".join(str(h) if h.is_up else f"{h.step.target} -> {h.step.source.text}" for h in hops),
+            )
+            for hops in ways
+        ],
         remedy="make the sources of the steps disjoint, or register one step that leads there directly.",
     )
 

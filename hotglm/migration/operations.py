@@ -245,7 +245,7 @@ class Drop(Operation):
         return self.restore or "nothing says what the dropped tensors were (give `restore`)"
 
 
-SpecRule = TensorSpec | Callable[[Mapping[str, TensorSpec]], TensorSpec]
+SpecRule = TensorSpec | Callable[[dict[str, TensorSpec]], TensorSpec]
 """Dtype and shape of what a free function returns, or a function that tells them from those of what it reads."""
 
 
@@ -265,7 +265,7 @@ class Apply(Operation):
         down: the operation that leads back, if there is one; that it does bit for bit is the caller's claim.
     """
 
-    function: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    function: Callable[[dict[str, Any]], Mapping[str, Any]]
     reads: Sequence[str] | Mapping[str, str]
     writes: Mapping[str, SpecRule]
     down: Operation | None = None

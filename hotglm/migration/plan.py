@@ -245,7 +245,7 @@ class MigrationPath:
         """Return the hops in words, with the changes and operations of each."""
         if self.is_empty:
             return f"{self.name!r} {self.source} -> {self.target}: the same layout, nothing to do."
-        lines = [f"{self.name!r} {self.source} -> {self.target}: {len(self.hops)} steps."]
+        lines = [f"{self.name!r} {self.source} -> {self.target}: {len(self.hops)} step{'s' * (len(self.hops) != 1)}."]
         for hop in self.hops:
             lines.append(f"  {hop} ({'up' if hop.is_up else 'down'})")
             lines += [

@@ -22,7 +22,7 @@ from hotglm.migration.graph import Graph
 from hotglm.migration.operation import Operation
 from hotglm.migration.origin import origin_of
 from hotglm.migration.plan import MigrationPath
-from hotglm.migration.step import Step, make_source
+from hotglm.migration.step import Hop, Step, make_source
 from hotglm.migration.tensor_spec import TensorSpec
 from hotglm.version import Version, VersionRange
 
@@ -55,7 +55,7 @@ class Migrations:
             raise ArgumentError(f"Expected a model name, got {shorten_repr(name)}.", remedy="give a non-empty string.")
         self.name = name
         self._lock = threading.Lock()
-        self._steps: dict[tuple[str, Version], Step] = {}
+        self._steps: dict[tuple[object, Version], Step] = {}
         self._graph: Graph | None = None
 
     # -- registering ---------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Migrations:
 
     def _add(self, source: _Source, target: Version, parts: Mapping[str, Any]) -> None:
         made = make_source(source, target)
-        key = (str(made.range), target)
+        key = (made.key, target)
         with self._lock:
             known = self._steps.get(key) or Step(source=made, target=target)
             for part, definition in parts.items():
@@ -186,7 +186,7 @@ class Migrations:
 
         `TWO_HEADS`: no step leads up from a layout that is not the newest. `GAP`: versions between the sources of two
         steps belong to neither. `UNREACHABLE`: no version arrives where a step begins. `AMBIGUOUS_PATH`: two shortest
-        paths. `NO_WAY_DOWN`: a step cannot be gone down, and why.
+        paths to the newest layout. `NO_WAY_DOWN`: a step cannot be gone down, and why.
         """
         return tuple(self.graph.find_problems())
 
@@ -223,7 +223,8 @@ class Migrations:
         """Return the only known layout from which these tensors and this config lead exactly to the target.
 
         Every known layout is tried in a dry run; nothing is read. Where no layout leads to the very dtypes of the
-        target, those that lead to its names and shapes count.
+        target, those that lead to its names and shapes count. Of several, those count whose config could also have come
+        from the layout below.
 
         Args:
             specs: dtype and shape of the tensors at hand, by name.
@@ -238,7 +239,6 @@ class Migrations:
         exact: list[Version] = []
         shaped: list[Version] = []
         problems: list[Problem] = []
-        shapes = {name: spec.shape for name, spec in target_specs.items()}
         for version in self.graph.find_layouts(target):
             try:
                 path = self.plan(version, target)
@@ -246,30 +246,37 @@ class Migrations:
                     path.migrate_config(config)
                 found = path.plan_state(specs).specs
             except MigrationError as error:
-                first = error.problems[0].message if error.problems else error.message
-                problems.append(Problem(code="LAYOUT_UNFIT", message=f"Not {version}: {first}"))
-                continue
-            if dict(found) == dict(target_specs):
-                exact.append(version)
-            elif {name: spec.shape for name, spec in found.items()} == shapes:
-                shaped.append(version)
+                why = error.problems[0].message if error.problems else error.message
             else:
-                problems.append(
-                    Problem(code="LAYOUT_UNFIT", message=f"Not {version}: {_describe_difference(found, target_specs)}")
-                )
+                why = _describe_difference(found, target_specs)
+                if not why:
+                    (exact if dict(found) == dict(target_specs) else shaped).append(version)
+            if why:
+                problems.append(Problem(code="LAYOUT_UNFIT", message=f"Not {version}: {why}"))
         fitting = exact or shaped
+        if len(fitting) > 1 and config is not None:
+            fitting = [version for version in fitting if self._may_have(version, config)] or fitting
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
             problems = [Problem(code="LAYOUT_FITS", message=f"{version} fits.") for version in fitting]
         raise UnknownVersionError(
-            f"Expected tensors of one known version of {self.name!r}, got some that "
-            + (
-                f"{', '.join(map(str, fitting))} lead to {target} with." if fitting else f"none leads to {target} with."
-            ),
+            f"Expected tensors that fit one known version of {self.name!r} and lead to {target}, got some that fit "
+            f"{' and '.join(map(str, fitting)) or 'none'}.",
             problems=problems,
-            remedy="say which version it is (a version in the file's metadata, or the `version` argument).",
+            remedy="say which version it is (in the metadata of the file, or to whoever reads it).",
         )
+
+    def _may_have(self, version: Version, config: Mapping[str, Any]) -> bool:
+        """Tell whether `config` fits a way down from `version`, where one is known."""
+        hops = [Hop(step=step, is_up=False) for step in self.history() if step.target == version and not step.one_way]
+        for hop in hops:
+            try:
+                MigrationPath(name=self.name, source=version, target=hop.arrives, hops=(hop,)).migrate_config(config)
+            except MigrationError:
+                continue
+            return True
+        return not hops
 
 
 def _as_operations(operations: object) -> tuple[Operation, ...]:
@@ -284,8 +291,9 @@ def _as_operations(operations: object) -> tuple[Operation, ...]:
 
 
 def _describe_difference(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> str:
+    """Return the first difference of names or shapes; empty where there is none."""
     for name in {**wanted, **found}:
         there, want = found.get(name), wanted.get(name)
         if there is None or want is None or there.shape != want.shape:
-            return f"leads to {there or 'nothing'} at {shorten_repr(name)}, where {want or 'nothing'} is read."
-    return "leads to something else."
+            return f"it leads to {there or 'nothing'} at {shorten_repr(name)}, where {want or 'nothing'} is read."
+    return ""

@@ -44,6 +44,11 @@ class StepSource:
     has_high: bool
     is_plain: bool
 
+    @property
+    def key(self) -> object:
+        """What is equal for two ranges of the same versions."""
+        return (self.low, self.high, self.has_high, "" if self.is_plain else str(self.range))
+
     def __contains__(self, version: Version) -> bool:
         """Tell whether a step starts from `version`."""
         inside = self.low <= version and (version <= self.high if self.has_high else version < self.high)

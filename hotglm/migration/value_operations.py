@@ -242,7 +242,7 @@ class Pad(_Alter):
 
 @dataclass(frozen=True, slots=True)
 class Cast(_Alter):
-    """Convert to `dtype`. Invertible where `was` says the old dtype and `dtype` holds all its values, NaN's payload aside.
+    """Convert to `dtype`. Invertible where `was` says the old dtype and `dtype` holds its values (NaN's payload aside).
 
     Attributes:
         name: the tensor, or a pattern.
