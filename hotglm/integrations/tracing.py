@@ -6,17 +6,18 @@ Rules this module keeps:
 - What only moves elements about (join, stack, cut, permute, reshape), or converts them, becomes an expression. What
   computes does not: its result is not known here, and `why_unknown` says which operation was the first.
 - Operations are seen below Python, as torch's dispatcher gets them, so it does not matter how the code spells them.
-  They are recorded in the calling thread only; other threads' tensors are never touched.
+- Only the tensors made here are recorded, whichever thread touches them. No dispatch mode: entering one sets a flag of
+  the whole process, at which Dynamo, in the thread of a pass that compiles just then, gives up compiling for ever
+  (tests/test_tracing.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hotglm.migration.expression import (
     Expression,
@@ -34,48 +35,98 @@ from hotglm.weights.dtypes import TORCH_DTYPES, dtype_name
 __all__ = ["Tracer"]
 
 
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its mode's constructors untyped
-    """A mode under which operations on meta tensors are recorded; for one thread and one use."""
+class Tracer:
+    """Makes tensors that remember what they are computed as; for one run of some code.
+
+    Attributes:
+        why_unknown: the first operation that is no rearrangement; None while all of them were.
+    """
 
     def __init__(self) -> None:
-        """Start with no tensor known."""
-        super().__init__()  # type: ignore[no-untyped-call]  # likewise
+        """Start with nothing unknown."""
         self.why_unknown: str | None = None
-        self._known: dict[int, tuple[torch.Tensor, Expression]] = {}  # the tensor too, so that its id stays its own
+        self._is_written = False
 
     def make_tensor(self, expression: Expression) -> torch.Tensor:
-        """Return a meta tensor that stands for `expression`; to be called outside the mode."""
-        tensor = torch.empty(expression.spec.shape, dtype=TORCH_DTYPES[expression.spec.dtype], device="meta")
-        self._known[id(tensor)] = (tensor, expression)
-        return tensor
+        """Return a tensor without memory that stands for `expression`."""
+        spec = expression.spec
+        return _Traced(torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta"), self, expression)
 
     def find(self, tensor: torch.Tensor) -> Expression | None:
-        """Return what `tensor` is computed as, None where that is not known."""
-        found = self._known.get(id(tensor))
-        return None if found is None else found[1]
+        """Return what `tensor` is computed as; None where that is not known."""
+        # What was written to is not what it was, nor is any view of it: after that nothing is believed.
+        return tensor.expression if isinstance(tensor, _Traced) and not self._is_written else None
 
-    def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operation on the meta tensors, and write down what it makes of what is known."""
-        options = dict(kwargs or {})
-        result = func(*args, **options)
-        rule = None if func._schema.is_mutable else _RULES.get(func.overloadpacket.__name__)
+    def run(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Run one operation on the tensors' shapes; return its results, which know what they are."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*_unwrap(args), **_unwrap(options))
+        rule = _RULES.get(func.overloadpacket.__name__)
+        self._is_written = self._is_written or func._schema.is_mutable
         operands = self._find_operands(args[0]) if rule is not None and args else None
         made = None if rule is None or operands is None else rule(_Call(operands, args, options, result))
         if made is None:
             self.why_unknown = self.why_unknown or func.name()
-            for argument in args:  # whatever it wrote to is not what it was
-                self._known.pop(id(argument), None)
+        if isinstance(result, torch.Tensor):
+            return _Traced(result, self, made[0] if made else None)
+        if not isinstance(result, (tuple, list)):
             return result
-        for tensor, expression in zip(_as_list(result), made, strict=True):
-            self._known[id(tensor)] = (tensor, expression)
-        return result
+        expressions: Sequence[Expression | None] = made or [None] * len(result)
+        return [
+            _Traced(part, self, expression) if isinstance(part, torch.Tensor) else part
+            for part, expression in zip(result, expressions, strict=True)
+        ]
 
     def _find_operands(self, tensors: Any) -> list[Expression] | None:
         found = [self.find(tensor) for tensor in _as_list(tensors)]
         known = [expression for expression in found if expression is not None]
         return known if len(known) == len(found) else None
+
+
+class _Traced(torch.Tensor):
+    """A tensor without memory, with the expression that it is computed as, if that is known."""
+
+    bare: torch.Tensor
+    tracer: Tracer
+    expression: Expression | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's own do
+
+    @staticmethod
+    def __new__(cls, bare: torch.Tensor, tracer: Tracer, expression: Expression | None) -> Self:
+        traced: Self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            bare.shape,
+            strides=bare.stride(),
+            storage_offset=bare.storage_offset(),
+            dtype=bare.dtype,
+            device=bare.device,
+        )
+        traced.bare, traced.tracer, traced.expression = bare, tracer, expression
+        return traced
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without the class
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _find_tracer((*args, *(kwargs or {}).values())).run(func, args, kwargs or {})
+
+
+def _find_tracer(values: Any) -> Tracer:
+    for value in values:
+        if isinstance(value, _Traced):
+            return value.tracer
+        if isinstance(value, (tuple, list)) and any(isinstance(part, _Traced) for part in value):
+            return _find_tracer(value)
+    raise AssertionError("torch calls this for traced tensors only")
+
+
+def _unwrap(value: Any) -> Any:
+    if isinstance(value, _Traced):
+        return value.bare
+    if isinstance(value, (tuple, list)):
+        return type(value)(_unwrap(part) for part in value)
+    return {key: _unwrap(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _as_list(tensors: Any) -> list[torch.Tensor]:
@@ -164,6 +215,8 @@ def _permute(call: _Call) -> list[Expression]:
 
 
 def _transpose(call: _Call) -> list[Expression]:
+    if call.rank < 2:  # torch transposes these, too: into themselves
+        return [call.operand]
     order = list(range(call.rank))
     one, other = call.get_dim(1, "dim0", 0), call.get_dim(2, "dim1", 1)
     order[one], order[other] = order[other], order[one]

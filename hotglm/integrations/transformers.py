@@ -230,8 +230,7 @@ def _trace(group: _Group, *, model: PreTrainedModel, state: Mapping[str, Express
         return {group.target: state[names[0]]}
     tracer = Tracer()
     tensors = {name: tracer.make_tensor(state[name]) for name in names}
-    with tracer:
-        made = _convert(group, tensors, model=model)
+    made = _convert(group, tensors, model=model)
     found = {name: tracer.find(tensor) for name, tensor in made.items()}
     known = {name: expression for name, expression in found.items() if expression is not None}
     return known if len(known) == len(made) else _call(group, made, model=model, state=state)

@@ -244,7 +244,7 @@ def narrow(operand: Expression, dim: int, start: int, length: int) -> Expression
         return operand
     if isinstance(operand, Narrow) and operand.dim == dim:
         return narrow(operand.operand, dim, operand.start + start, length)
-    if isinstance(operand, Join) and operand.dim == dim:
+    if isinstance(operand, Join) and operand.dim == dim and length:  # nothing is no operand's part
         return join(_find_covered(operand, start, length), dim)
     if isinstance(operand, Padded) and operand.dim == dim and start >= operand.before:
         inside = start - operand.before
