@@ -200,9 +200,8 @@ class _Visit:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # that copying to a tensor without values does nothing
-                _make_stand_in(part)._load_from_state_dict(
-                    state, prefix, {"version": found}, strict=False, missing_keys=[], unexpected_keys=[], error_msgs=[]
-                )
+                # By position, as torch does it: an override may call its arguments as it likes.
+                _make_stand_in(part)._load_from_state_dict(state, prefix, {"version": found}, False, [], [], [])  # noqa: FBT003
         except Exception as error:  # noqa: BLE001 - whatever the module's own code does with tensors without values
             self._refuse(part, path, found, f"it raised {describe_exception(error)}")
             return
