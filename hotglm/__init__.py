@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from hotglm.migration.value_operations import Cast, Pad, Permute, Reshape, Scale, Slice, Transpose
     from hotglm.model.derived import refresh
     from hotglm.model.inspection import contract_of
+    from hotglm.model.migrated_file import migrate_weights
     from hotglm.model.registry import migrations_of, versioned
     from hotglm.model.save import save_weights
     from hotglm.output_spec import OutputSpec
@@ -196,6 +197,7 @@ __all__ = [
     "contract_of",
     "find_breakages",
     "find_incompatibilities",
+    "migrate_weights",
     "migrations_of",
     "refresh",
     "required_bump",
@@ -306,6 +308,7 @@ _EXPORTS: dict[str, str] = {
     "contract_of": "hotglm.model.inspection",
     "find_breakages": "hotglm.comparison",
     "find_incompatibilities": "hotglm.compatibility",
+    "migrate_weights": "hotglm.model.migrated_file",
     "migrations_of": "hotglm.model.registry",
     "refresh": "hotglm.model.derived",
     "required_bump": "hotglm.breakage",

@@ -22,6 +22,8 @@ from hotglm.commands.diff import DIFF
 from hotglm.commands.doctor import DOCTOR
 from hotglm.commands.golden import GOLDEN
 from hotglm.commands.inspect import INSPECT
+from hotglm.commands.migrate import MIGRATE
+from hotglm.commands.stamp import STAMP
 from hotglm.errors import HotglmError
 from hotglm.problem import describe_exception
 
@@ -29,7 +31,7 @@ __all__ = ["main"]
 
 _DEMO_MODULE = "hotglm.demo.main"
 
-COMMANDS: tuple[Command, ...] = (INSPECT, DIFF, DOCTOR, GOLDEN)
+COMMANDS: tuple[Command, ...] = (INSPECT, DIFF, MIGRATE, STAMP, DOCTOR, GOLDEN)
 """Every command but `demo`, in the order of the help."""
 
 

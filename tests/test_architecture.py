@@ -197,6 +197,7 @@ PUBLIC_NAMES = [
     "contract_of",
     "find_breakages",
     "find_incompatibilities",
+    "migrate_weights",
     "migrations_of",
     "refresh",
     "required_bump",

@@ -101,7 +101,7 @@ def test_versions_of_modules_are_written(tmp_path: Path) -> None:
 def test_batch_norm_before_its_version_2_gets_its_counter(tmp_path: Path) -> None:
     """Older state of BatchNorm, which had no counter, is loaded as torch loads it, and the receipt says so."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
-    model[1].num_batches_tracked.fill_(9)
+    model.get_buffer("1.num_batches_tracked").fill_(9)
     old = {name: tensor for name, tensor in model.state_dict().items() if "tracked" not in name}
     old = {name: torch.rand_like(tensor) for name, tensor in old.items()}
     path = _save_old(old, tmp_path / "w.safetensors", {})
@@ -141,7 +141,7 @@ def test_a_module_that_renames_its_state_is_honoured(tmp_path: Path) -> None:
     assert torch.equal(slot.state_dict()["0.weight"], old["0.weight"])
     assert receipt.migration
     # A mapping that is a state dict of torch's tells the versions too.
-    mapping = model.state_dict()
+    mapping: Any = model.state_dict()
     mapping.clear()
     mapping.update({name: tensor + 1 for name, tensor in old.items()})
     mapping._metadata = {"": {"version": 1}, "0": {"version": 1}, "1": {"version": 1}}
@@ -165,7 +165,7 @@ def test_a_module_that_computes_with_older_state_is_refused_by_name(kind: type[n
 
 def test_hooks_before_loading_cannot_be_followed(tmp_path: Path) -> None:
     """A module of an older version with hooks that run before it is loaded is refused by name; of the same one, not."""
-    module = Plain()
+    module: Any = Plain()
     module.register_load_state_dict_pre_hook(lambda *_: None)
     slot = hotglm.ModuleSlot(module)
     with pytest.raises(hotglm.IncompatibleError, match="hooks"):

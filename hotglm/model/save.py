@@ -22,24 +22,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from hotglm.document import Report, parse_json
 from hotglm.environment import MAX_REQUIREMENTS, Unmet, find_distinct, parse_requirement
-from hotglm.errors import ArgumentError, HeaderError, Problem, SourceError, shorten_repr
-from hotglm.header import DEFAULT_LIMITS, DTYPES, PREFIX_NBYTES, TensorEntry, format_header, parse_header
+from hotglm.errors import ArgumentError, Problem, shorten_repr
+from hotglm.header import PREFIX_NBYTES
+from hotglm.migration.tensor_spec import TensorSpec
+from hotglm.model.file_layout import format_config, lay_out_entries, make_header
 from hotglm.model.inspection import find_state, find_tensor_fault
 from hotglm.model.module_versions import KEY as MODULE_VERSIONS_KEY
 from hotglm.model.module_versions import find_module_versions, format_module_versions
 from hotglm.model.registry import find_definition, read_config
 from hotglm.model.whole_file import verify_path, write_whole
-from hotglm.problem import describe_exception
 from hotglm.release.environment import CREATION_KEY, format_creation
 from hotglm.version import Version
 from hotglm.weights.digest import digest_tensor, tensor_bytes, view_buffer
 from hotglm.weights.dtypes import LOADABLE_DTYPES, dtype_name
 
 __all__ = ["save_weights", "untied_state"]
-
-_FORMAT_NAMES = {info.torch_name: name for name, info in DTYPES.items() if info.torch_name}
 
 
 def save_weights(
@@ -80,8 +78,9 @@ def save_weights(
     metadata = _describe(source, version=version, name=name, config=config, requires=requires)
     digests = {key: digest_tensor(tensor) for key, tensor in tensors.items()}
     metadata["hotglm.digests"] = json.dumps(digests)
-    entries = _lay_out(tensors)
-    header = _make_header(entries, metadata)
+    specs = {key: TensorSpec(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for key, t in tensors.items()}
+    entries = lay_out_entries(specs)
+    header = make_header(entries, metadata)
     write_whole(target, _chunks(header, [tensors[entry.name] for entry in entries]))
     return digests
 
@@ -136,18 +135,6 @@ def _find_problem(name: object, tensor: object) -> Problem | None:
     return None
 
 
-def _lay_out(tensors: Mapping[str, torch.Tensor]) -> list[TensorEntry]:
-    """Return where each tensor goes: those of large elements first, so that all are aligned, then by name."""
-    entries: list[TensorEntry] = []
-    end = 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        dtype = _FORMAT_NAMES[dtype_name(tensor.dtype)]
-        entries.append(TensorEntry(name=name, dtype=dtype, shape=tuple(tensor.shape), start=start, stop=end))
-    return entries
-
-
 def _chunks(header: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
     yield memoryview(len(header).to_bytes(PREFIX_NBYTES, "little"))
     yield memoryview(header)
@@ -178,48 +165,12 @@ def _describe(
     metadata = {
         "hotglm.name": name or (definition.name if definition else None),
         "hotglm.version": None if chosen is None else str(Version(chosen)),
-        "hotglm.config": None if fields is None else _format_config(fields),
+        "hotglm.config": None if fields is None else format_config(fields),
         "hotglm.requires": _format_requirements(requires),
         CREATION_KEY: format_creation((*requires, *(definition.requires if definition else ()))),
         MODULE_VERSIONS_KEY: None if parts is None else format_module_versions(parts),
     }
     return {key: value for key, value in metadata.items() if value is not None}
-
-
-def _format_config(config: Mapping[str, Any]) -> str:
-    """Return the config as JSON that staging reads.
-
-    Raises:
-        ArgumentError: with every field that it would refuse.
-    """
-    remedy = "pass config= with fields that JSON can hold: text, finite numbers, booleans, None, lists and mappings."
-    if not isinstance(config, Mapping):
-        raise ArgumentError(f"Expected a mapping as config, got {shorten_repr(type(config).__name__)}.", remedy=remedy)
-    problems = [
-        Problem(code="BAD_CONFIG", message=f"Expected field {shorten_repr(field)} to be JSON, got {why}")
-        for field, value in config.items()
-        if (why := _why_not_json(field, value))
-    ]
-    text = "" if problems else json.dumps(dict(config), allow_nan=False)
-    if len(text) > DEFAULT_LIMITS.config_nbytes:
-        message = f"Expected at most {DEFAULT_LIMITS.config_nbytes} bytes of JSON, got {len(text)}"
-        problems = [Problem(code="CONFIG_TOO_LARGE", message=message)]
-    if problems:
-        raise ArgumentError("Expected a config that a file can hold.", problems=problems, remedy=remedy)
-    return text
-
-
-def _why_not_json(field: object, value: object) -> str | None:
-    if not isinstance(field, str):
-        return "a name that is not text"
-    report = Report(SourceError, headline="Refused", remedy="", prefix="CONFIG", file=None)
-    try:
-        parse_json(json.dumps({field: value}, allow_nan=False).encode(), report=report)
-    except SourceError as refusal:  # too deep, or a key twice: 1 and "1"
-        return refusal.problems[0].message.rpartition("got ")[2]
-    except (TypeError, ValueError, RecursionError) as error:
-        return describe_exception(error, limit=120)
-    return None
 
 
 def _format_requirements(requires: Collection[str]) -> str | None:
@@ -234,22 +185,3 @@ def _format_requirements(requires: Collection[str]) -> str | None:
     if problems:
         raise ArgumentError("Expected requirements that can be judged.", problems=problems, remedy=remedy)
     return json.dumps(list(requires)) if requires else None
-
-
-def _make_header(entries: list[TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """Return the header, having read it as a reader of the file will.
-
-    Raises:
-        HeaderError: with everything that a reader would refuse.
-    """
-    text = format_header(entries, metadata)
-    data_nbytes = entries[-1].stop if entries else 0
-    try:
-        parse_header(text, file_size=PREFIX_NBYTES + len(text) + data_nbytes)
-    except HeaderError as error:
-        raise HeaderError(
-            "Expected weights that can be read again once they are written; the header was refused.",
-            problems=error.problems,
-            remedy="rename or leave out what is named; nothing was written.",
-        ) from None
-    return text

@@ -15,11 +15,11 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from hotglm.errors import ArgumentError, shorten_repr
 
-__all__ = ["verify_path", "write_whole"]
+__all__ = ["open_whole", "verify_path", "write_at", "write_whole"]
 
 _NEW_MODE = 0o666  # the umask applies
 
@@ -48,18 +48,49 @@ def write_whole(path: str, chunks: Iterable[memoryview]) -> None:
     Raises:
         OSError: it cannot be written. Where only the directory could not be flushed, the file is the new one.
     """
+    with open_whole(path) as fd:
+        for chunk in chunks:
+            _write(fd, chunk)
+
+
+@contextlib.contextmanager
+def open_whole(path: str) -> Iterator[int]:
+    """Open a new file that takes the place of `path` when the `with` ends well; else `path` stays as it is.
+
+    Raises:
+        OSError: it cannot be written. Where only the directory could not be flushed, the file is the new one.
+    """
     mode = _find_mode(path)
     directory = os.path.dirname(path)
     temporary = os.path.join(directory, f".hotglm-{secrets.token_hex(8)}.partial")
     fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, _NEW_MODE if mode is None else mode)
     try:
-        _fill(fd, chunks, mode=mode)
+        try:
+            if mode is not None:
+                os.fchmod(fd, mode)  # without the umask, which took its part when the file was made
+            yield fd
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _flush_directory(directory)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` from byte `offset` of an open file; any thread may.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    while data.nbytes:  # the system may take less than all of it; Linux never more than 2 GiB at once
+        num_written = os.pwrite(fd, data, offset)
+        if num_written <= 0:
+            raise OSError(errno.EIO, "Nothing was written")
+        data, offset = data[num_written:], offset + num_written
 
 
 def _find_mode(path: str) -> int | None:
@@ -73,17 +104,6 @@ def _find_mode(path: str) -> int | None:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "Not a regular file", path)
     return stat.S_IMODE(status.st_mode) & 0o777
-
-
-def _fill(fd: int, chunks: Iterable[memoryview], *, mode: int | None) -> None:
-    try:
-        if mode is not None:
-            os.fchmod(fd, mode)  # without the umask, which took its part when the file was made
-        for chunk in chunks:
-            _write(fd, chunk)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write(fd: int, chunk: memoryview) -> None:

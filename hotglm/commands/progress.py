@@ -1,0 +1,50 @@
+"""A progress bar of plain ASCII on standard error, where that is a terminal; else nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Self, TextIO
+
+__all__ = ["ProgressBar"]
+
+_WIDTH = 30
+_INTERVAL_S = 0.1
+
+
+class ProgressBar:
+    """One line that is written over; a context manager that leaves the line clean."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        """Write to `stream` if it is a terminal."""
+        self._stream = stream if stream is not None and not stream.closed and stream.isatty() else None
+        self._shown_s = 0.0
+
+    def show(self, done: int, total: int) -> None:
+        """Show how far it is; ten times a second at most, and when all is done."""
+        now = time.monotonic()
+        if self._stream is None or (now - self._shown_s < _INTERVAL_S and done < total):
+            return
+        self._shown_s = now
+        share = min(1.0, done / total) if total else 1.0
+        filled = round(share * _WIDTH)
+        bar = "#" * filled + "-" * (_WIDTH - filled)
+        self._write(f"\r[{bar}] {share:4.0%} of {total / 2**20:.1f} MiB")
+
+    def _write(self, text: str) -> None:
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:  # whoever looked has gone; the work goes on
+            self._stream = None
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Clear the line."""
+        with contextlib.suppress(ValueError):
+            self._write("\r" + " " * (_WIDTH + 30) + "\r")
