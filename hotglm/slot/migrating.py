@@ -122,7 +122,8 @@ def migrate_config(
 def describe_gap(gap: NoPathError) -> Finding:
     """Return what a verdict says of versions that no migration connects."""
     remedy = gap.remedy.rstrip(".") or "add the migration that is missing"
-    return Finding(code=gap.code, message=gap.message, refuses=True, remedy=remedy)
+    message = " ".join([gap.message, *(problem.message for problem in gap.problems)])
+    return Finding(code=NoPathError.code, message=message, refuses=True, remedy=remedy)
 
 
 def _with_plan(
