@@ -14,7 +14,7 @@ from hotglm.environment import Environment
 from hotglm.errors import IncompatibleError
 from hotglm.verdict import Candidate, Verdict, decide
 from hotglm.version import Bump, Version, VersionRange
-from support.contracts import contract, contracts, tensor
+from support.contracts import contract, contracts, named, output, recording, tensor
 
 HERE = Environment(
     python="3.11.9",
@@ -166,6 +166,23 @@ def test_a_version_that_claims_less_than_it_needs_is_refused() -> None:
     assert verdict.remedy == "number the later one 3.0.0 or above"
 
 
+def test_a_wider_output_is_a_major_step() -> None:
+    """The example of DESIGN section 7, word for word but for the quotes."""
+    before, after = (contract(tensor("w"), outputs=recording(named(logits=output(2, n)))) for n in (32000, 32064))
+    verdict = judge("2.4.0", live_contract=before, code=after, accept=Bump.MAJOR)
+    assert codes(verdict) == ["UNDERCLAIMED"]
+    text = "claims 2.4.0 after 2.3.0, but output 'logits' went from 32000 to 32064 wide: needs 3.0.0."
+    assert verdict.reasons[0].message == text
+    assert judge("3.0.0", live_contract=before, code=after, accept=Bump.MAJOR).accepted
+
+
+def test_another_default_is_a_major_step() -> None:
+    """Whoever left the argument out gets other behaviour, so a minor number is not honest."""
+    verdict = judge("2.4.0", code=contract(tensor("w"), call=lambda x, *, scale=2.0: x), accept=Bump.MAJOR)
+    assert codes(verdict) == ["UNDERCLAIMED"]
+    assert "the default of argument 'scale' went from 1.0 to 2.0: needs 3.0.0" in verdict.explain()
+
+
 @pytest.mark.parametrize(
     ("live", "new", "honest"),
     [("2.3.0", "2.3.1", "2.4.0"), ("2.3.0", "2.3.0+abc", "2.4.0"), ("2.3.0", "2.3.0", "2.4.0")],
@@ -290,6 +307,7 @@ def test_a_refusal_is_an_error_with_the_whole_verdict() -> None:
 
 # -- laws --------------------------------------------------------------------------------------------------------------
 
+PLAIN = contracts(parts=("state", "call", "config", "words"))
 version_texts = st.sampled_from(["0.3.0", "0.4.0", "1.0.0", "1.0.0+abc", "1.0.1", "1.1.0", "2.0.0"])
 
 
@@ -305,7 +323,7 @@ def test_deciding_never_raises_and_only_refuses_for_reasons(
     assert verdict.accepted == (not verdict.remedy)
 
 
-@given(contracts(), contracts(), version_texts, version_texts)
+@given(contracts(parts=("state",)), contracts(parts=("state",)), version_texts, version_texts)
 def test_state_alone_is_judged_alike_in_both_directions(old: Contract, new: Contract, one: str, other: str) -> None:
     """For contracts of state alone, needed, claimed and the reasons are the same there and back."""
     old, new = Contract(state=old.state), Contract(state=new.state)
@@ -316,7 +334,7 @@ def test_state_alone_is_judged_alike_in_both_directions(old: Contract, new: Cont
         assert codes(there) == codes(back)
 
 
-@given(contracts(), contracts(), version_texts, version_texts, st.sampled_from(Bump), st.sampled_from(Bump))
+@given(PLAIN, PLAIN, version_texts, version_texts, st.sampled_from(Bump), st.sampled_from(Bump))
 def test_accepting_more_never_adds_a_reason(
     old: Contract, new: Contract, live: str, version: str, one: Bump, other: Bump
 ) -> None:
