@@ -131,6 +131,26 @@ def test_a_migration_makes_files_compatible_and_not_callers(models: Path, capsys
     assert document["breakages"] != []
 
 
+@pytest.mark.parametrize(
+    ("pattern", "exit_code"), [(r"a\\.(.*)", 0), (r"a\\.(bias)", 1), (r"(nothing)", 1)], ids=["fits", "part", "misses"]
+)
+def test_migrations_of_weights_are_run_dry(
+    pattern: str, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--migrations` excuses what is stored only if a path leads from the one's tensors to the other's."""
+    text = 'import hotglm\nsteps = hotglm.Migrations("m")\n'
+    text += f'steps.state("1.0.0", "2.0.0", [hotglm.Rename("{pattern}", "b.\\\\1")])\n'
+    (tmp_path / f"dry_{exit_code}_{len(pattern)}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for version, name in (("1.0.0", "a"), ("2.0.0", "b")):
+        tensors = {f"{name}.weight": torch.ones(2, 2), f"{name}.bias": torch.ones(2)}
+        hotglm.save_weights(tensors, tmp_path / f"{version}.safetensors", version=version)
+    files = [tmp_path / "1.0.0.safetensors", tmp_path / "2.0.0.safetensors"]
+    assert run("diff", "--mode", "full", *files) == 1
+    steps = f"dry_{exit_code}_{len(pattern)}:steps"
+    assert run("diff", "--mode", "full", "--migrations", steps, *files) == exit_code
+
+
 def release(path: Path, version: str, one: hotglm.Contract) -> Path:
     path = path / f"{version}.json"
     path.write_text(json.dumps(Released(version=Version(version), contract=one).to_dict(), sort_keys=True))

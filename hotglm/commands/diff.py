@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hotglm.breakage import Breakage, required_bump
 from hotglm.commands.command import NO, OK, Command
 from hotglm.commands.console import print_json, show_count
+from hotglm.commands.migrate import find_migrations
 from hotglm.commands.subject import Subject, read_subject
-from hotglm.comparison import find_breakages
+from hotglm.comparison import find_breakages, find_unfilled
 from hotglm.compatibility import CompatibilityMode, Incompatibility, Released, find_incompatibilities
 from hotglm.contract import Contract
-from hotglm.errors import ArgumentError, HotglmError, Problem
+from hotglm.errors import ArgumentError, MigrationError, Problem
+from hotglm.migration.registry import Migrations
+from hotglm.migration.tensor_spec import TensorSpec
 from hotglm.version import Bump, Version
 
 __all__ = ["DIFF"]
@@ -30,6 +33,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tell whether NEW gets along with OLD (transitive: with the history too) and with the files of both",
     )
     parser.add_argument("--history", nargs="+", default=[], metavar="EARLIER", help="versions before OLD, for --mode")
+    parser.add_argument(
+        "--migrations",
+        metavar="MODULE:ATTRIBUTE",
+        help="for --mode: the migrations that carry stored versions over; those of the classes where left out",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
@@ -92,7 +100,8 @@ def _run(arguments: argparse.Namespace) -> int:
     breakages = tuple(find_breakages(old.contract, new.contract))
     step = _Step(needed=max(Bump.PATCH, required_bump(breakages)), old=old.version, new=new.version)
     mode = None if arguments.mode is None else CompatibilityMode.parse(arguments.mode)
-    findings = () if mode is None else tuple(_find_incompatibilities([*history, old], new, mode))
+    found = None if arguments.migrations is None else find_migrations(arguments.migrations)
+    findings = () if mode is None else tuple(_find_incompatibilities([*history, old], new, mode, found))
     answer = _Answer(old=old, new=new, breakages=breakages, step=step, mode=mode, findings=findings)
     if arguments.json:
         print_json("hotglm.diff/1", _describe(answer))
@@ -108,7 +117,9 @@ def _as_in_files(contract: Contract) -> Contract:
     return Contract.of_tensors(held)
 
 
-def _find_incompatibilities(history: Sequence[Subject], new: Subject, mode: CompatibilityMode) -> list[Incompatibility]:
+def _find_incompatibilities(
+    history: Sequence[Subject], new: Subject, mode: CompatibilityMode, migrations: Migrations | None
+) -> list[Incompatibility]:
     without = [subject.path for subject in (*history, new) if subject.version is None]
     if without:
         message = "Expected a version that it carries or declares, got none"
@@ -119,22 +130,30 @@ def _find_incompatibilities(history: Sequence[Subject], new: Subject, mode: Comp
             "classes with @hotglm.versioned.",
         )
     released = [Released(version=one.version, contract=one.contract) for one in (*history, new) if one.version]
-    return find_incompatibilities(released[:-1], released[-1], mode, has_path=_find_path(new, *reversed(history)))
+    known = (migrations, *(subject.migrations for subject in (new, *reversed(history))))
+    steps = next((one for one in known if one is not None and one.history()), None)
+    contracts = {one.version: one.contract for one in released}
+    return find_incompatibilities(
+        released[:-1],
+        released[-1],
+        mode,
+        has_path=lambda start, end: steps is not None and _is_carried_over(steps, start, end, contracts),
+    )
 
 
-def _find_path(*subjects: Subject) -> Callable[[Version, Version], bool]:
-    """Return what asks the migrations of the first class that has any for a path of at least one step."""
-    migrations = next((subject.migrations for subject in subjects if subject.migrations is not None), None)
-
-    def has_path(start: Version, end: Version) -> bool:
-        if migrations is None:
-            return False
-        try:
-            return not migrations.plan(start, end).is_empty
-        except HotglmError:  # no path, or an ambiguous one, which nobody can take either
-            return False
-
-    return has_path
+def _is_carried_over(steps: Migrations, start: Version, end: Version, contracts: Mapping[Version, Contract]) -> bool:
+    """Tell whether a path of at least one step leads from one version to another, and its dry run fills that one."""
+    written = _as_in_files(contracts[start])
+    try:
+        path = steps.plan(start, end)
+        if path.is_empty or not written.state:  # without tensors there is nothing to run dry
+            return not path.is_empty
+        specs = {name: TensorSpec(dtype=spec.dtype, shape=spec.shape) for name, spec in written.state.items()}
+        made = path.plan_state(specs).specs
+    except MigrationError:  # no path, an ambiguous one, or one whose steps do not fit
+        return False
+    offered = Contract.of_tensors({name: (spec.dtype, spec.shape) for name, spec in made.items()})
+    return next(find_unfilled(contracts[end], offered), None) is None
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

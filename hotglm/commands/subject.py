@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hotglm.commands.console import NAME_KEY, read_declared_version
 from hotglm.compatibility import RELEASED_SCHEMA, Released
@@ -21,6 +20,7 @@ from hotglm.contract import CONTRACT_SCHEMA, Contract
 from hotglm.document import Report, parse_json, verify_utf8
 from hotglm.environment import Environment
 from hotglm.errors import SourceError, shorten_repr
+from hotglm.migration.registry import Migrations
 from hotglm.release.environment import read_creation
 from hotglm.release.files import open_weights
 from hotglm.version import Version
@@ -44,7 +44,7 @@ class Subject:
         is_file: whether it is weights, which know nothing of the code.
         requires: PEP 508 requirements, those of the contract included.
         made_in: the environment that weights were made in, where they say so.
-        migrations: an object whose `plan` finds paths, where the class has one.
+        migrations: those of the class, where it has any.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Subject:
     is_file: bool = False
     requires: tuple[str, ...] = ()
     made_in: Environment | None = None
-    migrations: Any = None
+    migrations: Migrations | None = None
 
     def identify(self) -> dict[str, object]:
         """Return path, name and version as JSON values."""

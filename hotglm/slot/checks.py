@@ -74,7 +74,7 @@ class StagePolicy:
         digest: hash every tensor while it is loaded; without, receipts carry no digests and unversioned sources need
             an explicit version.
         warm_up: inputs to run once in the spare.
-        goldens: outputs to compare.
+        goldens: outputs to compare; their layout is what the version promises, and is compared by the verdict.
         checks: callables that get the staged module and return None or True when it is good.
         convert_dtypes: convert floating-point tensors to the module's dtype instead of refusing them.
         num_threads: threads that read and hash; None means all cores of the process but one, at least 1, at most 4.
