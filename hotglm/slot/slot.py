@@ -79,8 +79,8 @@ class ModuleSlot(ModuleFacade):
             version: version of `module`; what `@versioned` declared, else `0.0.0`, from which every step but one to
                 another `0.0.x` is a major one, and refused unless `accept` is `"major"`.
             accept: the largest step of versions that is taken; `"major"` lets callers notice.
-            policy: what every stage must prove, unless `stage` is given another one; the layout of its golden outputs is
-                what `module` is taken to promise.
+            policy: what every stage must prove, unless `stage` is given another one; the layout of its golden outputs
+                is what `module` is taken to promise.
             memory: how much memory updates may use.
             constants: patterns of names of derived state that does not depend on the weights (see `hotglm.refresh`).
             refresh: recomputes derived state of somebody else's model; called with the staged module.
