@@ -42,9 +42,12 @@ A `record` has its parts as attributes (a dataclass), a `mapping_record` as attr
 
 VALUE_KINDS: tuple[str, ...] = get_args(ValueKind)
 
-_MAX_DEPTH = 24
+_MAX_DEPTH = 12
 _MAX_PARTS = 10_000
-"""Depth and number of parts of an output that is described; what is beyond them is unknown."""
+"""Depth and number of parts of an output that is described; what is beyond them is unknown.
+
+Each level is three levels of JSON, of which a document may have 64 (`hotglm.document`, `hotglm.record`).
+"""
 
 MAX_RECORDINGS = 64
 """How many recordings one version keeps; the first ones are kept."""

@@ -14,6 +14,8 @@ from torch import nn
 
 import hotglm
 from hotglm.breakage import Breakage
+from hotglm.document import Report, parse_json
+from hotglm.errors import SourceError
 from hotglm.output_breakage import (
     OutputAdded,
     OutputRemoved,
@@ -90,7 +92,11 @@ def test_what_is_too_deep_or_a_circle_is_unknown() -> None:
     circle: list[Any] = []
     circle.append(circle)
     spec = describe_value(circle)
-    for _ in range(25):
+    recorded = hotglm.Contract(outputs=recording(spec))
+    assert hotglm.Contract.from_dict(recorded.to_dict()) == recorded
+    text = json.dumps({"outermost": recorded.to_dict()}).encode()
+    assert parse_json(text, report=Report(SourceError, headline="", remedy="", prefix="", file=None))
+    for _ in range(13):
         (part,) = spec.parts
         spec = part[1]
     assert spec.kind == "unknown"
