@@ -112,17 +112,14 @@ class OldFiles:
 
 def _make_steps(kind: str, num_tensors: int) -> hotglm.Migrations:
     steps = hotglm.Migrations(kind)
-    operations: list[Any] = {
-        "plain": list,
-        "one pattern": lambda: [hotglm.Rename(r"old\.(.*)", r"layers.\1")],
-        "one by one": lambda: [
-            hotglm.Rename(rf"old\.{index}\.weight", f"layers.{index}.weight") for index in range(num_tensors)
-        ],
-        "fused": lambda: [
-            hotglm.Split(f"fused.{index}.qkv", tuple(f"layers.{3 * index + part}.weight" for part in range(3)))
-            for index in range(num_tensors // 3)
-        ],
-    }[kind]()
+    operations: list[Any] = []
+    if kind == "one pattern":
+        operations = [hotglm.Rename(r"old\.(.*)", r"layers.\1")]
+    elif kind == "one by one":
+        operations = [hotglm.Rename(rf"old\.{i}\.weight", f"layers.{i}.weight") for i in range(num_tensors)]
+    elif kind == "fused":
+        names = [tuple(f"layers.{3 * i + part}.weight" for part in range(3)) for i in range(num_tensors // 3)]
+        operations = [hotglm.Split(f"fused.{i}.qkv", into) for i, into in enumerate(names)]
     if operations:
         steps.state("1", "2", operations)
     return steps

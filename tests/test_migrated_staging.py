@@ -16,30 +16,45 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hotglm
+from hotglm.testing.seams import fail_with, hooked, only_nth
 from support import family
 
 HOPS = list(itertools.product(family.VERSIONS, repeat=2))
 
 
-@pytest.mark.parametrize("kind", ["file", "mapping"])
 @pytest.mark.parametrize(("running", "incoming"), HOPS)
-def test_every_version_serves_weights_of_every_other(running: str, incoming: str, kind: str, tmp_path: Path) -> None:
+def test_every_version_serves_weights_of_every_other(running: str, incoming: str, tmp_path: Path) -> None:
     """Staged in code of any version, weights of any other are bit for bit what plain torch makes of them."""
-    state = family.make_checkpoint(incoming, seed=1)
     slot = family.make_slot(running)
-    source: Any = state
-    if kind == "file":
-        source = tmp_path / "w.safetensors"
-        hotglm.save_weights(state, source, version=incoming, name=family.NAME, config=family.make_config(incoming))
-    receipt = slot.update(source, version=incoming)
-    cold = family.make_model(running, family.convert(state, incoming, running))
+    path = tmp_path / "w.safetensors"
+    state, config = family.make_checkpoint(incoming, seed=1), family.make_config(incoming)
+    hotglm.save_weights(state, path, version=incoming, name=family.NAME, config=config)
+    receipt = slot.update(path)
+    _verify_serves(slot, running, family.convert(state, incoming, running))
+    assert str(slot.version) == incoming
+    assert bool(receipt.migration) == (running != incoming)
+
+
+def _verify_serves(slot: hotglm.ModuleSlot, running: str, state: family.State) -> None:
+    cold = family.make_model(running, state)
     expected, found = cold.state_dict(), slot.state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with torch.no_grad():
         assert torch.equal(slot(family.make_input()), cold(family.make_input()))
-    assert str(slot.version) == incoming
-    assert bool(receipt.migration) == (running != incoming)
+
+
+@pytest.mark.parametrize(("running", "incoming"), [("1.0", "3.0"), ("3.0", "1.0"), ("2.1", "2.0"), ("3.0", "2.1")])
+def test_a_state_dict_is_migrated_like_a_file(running: str, incoming: str) -> None:
+    """A mapping of tensors goes the same way, also where it lists a tied tensor under both of its names."""
+    slot = family.make_slot(running)
+    state = family.make_checkpoint(incoming, seed=2)
+    expected = family.convert(state, incoming, running)
+    for source in (state, family.make_model(incoming, state).state_dict()):
+        slot.update(source, version=incoming)
+        _verify_serves(slot, running, expected)
+    slot.update(family.make_model(incoming, state).state_dict())  # without a version: by its layout
+    _verify_serves(slot, running, expected)
 
 
 @contextlib.contextmanager
@@ -345,3 +360,25 @@ def test_promised_digests_are_verified_on_the_source(tmp_path: Path) -> None:
     with _untouched(slot, family.make_input()), pytest.raises(hotglm.DigestMismatchError) as caught:
         slot.stage(state, version="1.4", digests={name: wrong})
     assert [problem.tensor for problem in caught.value.problems] == [name]
+
+
+@pytest.mark.parametrize("kind", ["map_anonymous", "preadv"])
+def test_the_system_may_fail_at_any_call_of_a_migrated_stage(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever read or allocation fails, the error is typed and the slot is as it was; the next stage works."""
+    monkeypatch.setattr("hotglm.weights.proof._SMALL_NBYTES", 0)
+    path = tmp_path / "w.safetensors"
+    hotglm.save_weights(family.make_checkpoint("2.0", seed=5), path, version="2.0")
+    slot = family.make_slot("2.1")
+    slot.update(path)
+    with hooked(lambda *_: None) as counted:
+        slot.update(path)
+    num_calls = counted.counts[kind]
+    assert num_calls >= 1
+    errors = {"map_anonymous": OSError(12, "no memory"), "preadv": OSError(5, "bad disk")}
+    for number in range(1, num_calls + 1):
+        failing = only_nth(kind, number, fail_with(kind, lambda: errors[kind]))
+        with _untouched(slot, family.make_input()), hooked(failing), pytest.raises(hotglm.HotglmError):
+            slot.stage(path)
+    slot.update(path)

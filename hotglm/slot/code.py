@@ -100,6 +100,10 @@ class Question:
         return found if found is not None and found.history() else None
 
 
+_Adapted = tuple[Offer, NoPathError | None]
+"""An offer after its migration, and why it could not be migrated."""
+
+
 def choose_code(question: Question) -> Code:
     """Return the code that is to hold the offer (see the rules above).
 
@@ -188,11 +192,10 @@ def _current(question: Question) -> Code:
     """Return the live structure, or its own class built anew where the offer brings another config."""
     live = question.live
     own = find_definition(type(live.module))
-    if own is None or own.config is None:
-        return _reuse(question, own)
-    offer, gap = _adapt(question, own)
-    if offer.config is None:
-        return _reuse(question, own)
+    adapted = _adapt(question, own)
+    offer, gap = adapted
+    if own is None or own.config is None or offer.config is None:
+        return _reuse(question, own, adapted)
     try:
         config = own.make_config(offer.config)
     except DefinitionError:
@@ -200,12 +203,13 @@ def _current(question: Question) -> Code:
             raise
         raise gap from None  # it does not fit because no migration leads here
     # A config that changes no shape (heads, an epsilon, an activation) changes answers all the same.
-    return _build(own, question) if config != getattr(live.module, "config", None) else _reuse(question, own)
+    is_same = config == getattr(live.module, "config", None)
+    return _reuse(question, own, adapted) if is_same else _build(own, question, adapted)
 
 
-def _reuse(question: Question, own: Definition | None) -> Code:
+def _reuse(question: Question, own: Definition | None, adapted: _Adapted) -> Code:
     live = question.live
-    offer, gap = _adapt(question, own)
+    offer, gap = adapted
     return Code(
         module=live.module,
         contract=live.contract,
@@ -218,7 +222,7 @@ def _reuse(question: Question, own: Definition | None) -> Code:
     )
 
 
-def _adapt(question: Question, definition: Definition | None) -> tuple[Offer, NoPathError | None]:
+def _adapt(question: Question, definition: Definition | None) -> _Adapted:
     """Return the offer as it is for a class, or for the live structure of none, and why it could not be migrated."""
     offer, gap = question.offer, None
     migrations, version = question.migrations_of(definition), question.version
@@ -239,8 +243,8 @@ def _adapt(question: Question, definition: Definition | None) -> tuple[Offer, No
     return offer, gap
 
 
-def _build(definition: Definition, question: Question) -> Code:
-    offer, gap = _adapt(question, definition)
+def _build(definition: Definition, question: Question, adapted: _Adapted | None = None) -> Code:
+    offer, gap = adapted or _adapt(question, definition)
     live = question.live
     config = offer.config if offer.config is not None else _find_live_config(question, definition)
     with torch.inference_mode(mode=False), torch.enable_grad(), _SkipInitialisers():

@@ -11,6 +11,7 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from torch import nn
 
 from hotglm import seam
 from hotglm.contract import Contract
-from hotglm.errors import MigrationError, NoPathError, UnknownVersionError
+from hotglm.errors import MigrationError, MigrationStepError, NoPathError, UnknownVersionError
 from hotglm.migration.expression import Expression, Source, TensorSpec
 from hotglm.migration.plan import MigrationPath, StatePlan
 from hotglm.migration.registry import Migrations
@@ -31,6 +32,10 @@ from hotglm.version import Version
 from hotglm.weights.evaluation import find_steps
 
 __all__ = ["describe_gap", "migrate_config", "migrate_offer", "stamp_offer", "upgrade_offer"]
+
+
+_NUM_LINES = 40
+"""Lines of a path that a receipt keeps."""
 
 
 def migrate_offer(
@@ -56,11 +61,35 @@ def migrate_offer(
     config = offer.config
     if config is not None and takes_config:
         config = MappingProxyType(path.migrate_config(dict(config)))
-    plan = path.plan_state(_find_specs(offer.contract))
+    plan = _plan_state(path, offer)
     for _ in path.hops:
         seam.active.reach("migration_step")
     lines = _describe(path, version, is_stamped=is_stamped)
     return _with_plan(offer, plan, config=config, lines=lines, steps=find_steps(path))
+
+
+def _plan_state(path: MigrationPath, offer: Offer) -> StatePlan:
+    """Return the plan for the tensors of an offer, those of a mapping that are one tensor under its first name."""
+    specs = _find_specs(offer.contract)
+    untied = _find_untied(offer)
+    if len(untied) < len(specs):
+        # A file has a tied tensor once, and so migrations are written for its first name; some name the others.
+        with contextlib.suppress(MigrationStepError):
+            return path.plan_state({name: specs[name] for name in untied})
+    return path.plan_state(specs)
+
+
+def _find_untied(offer: Offer) -> list[str]:
+    """Return the names of an offer, without further names of one tensor of a mapping."""
+    places: dict[object, str] = {}
+    for name in offer.contract.state:
+        tensor = None if offer.tensors is None else offer.tensors[name]
+        if tensor is None or tensor.numel() == 0:
+            places[name] = name
+        else:
+            place = (str(tensor.device), tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            places.setdefault(place, name)
+    return list(places.values())
 
 
 def upgrade_offer(offer: Offer, module: nn.Module) -> Offer:
@@ -98,7 +127,8 @@ def stamp_offer(offer: Offer, migrations: Migrations, *, code: Version, contract
     """
     persistent = {name: spec for name, spec in contract.state.items() if spec.persistent}
     firsts = {name: spec for name, spec in persistent.items() if spec.tied in (None, name)}
-    specs = _find_specs(offer.contract)
+    given = _find_specs(offer.contract)
+    specs = {name: given[name] for name in _find_untied(offer)}
     config = None if offer.config is None else dict(offer.config)
     wanted = [_find_specs(replace(contract, state=state)) for state in (firsts, persistent)]
     try:  # a file has a tied tensor once, a state dict has it under every name
@@ -146,4 +176,6 @@ def _find_outputs(offer: Offer) -> Mapping[str, Expression]:
 
 def _describe(path: MigrationPath, version: Version, *, is_stamped: bool) -> tuple[str, ...]:
     stamped = (f"version {version} concluded from names, shapes and config, because the source carries none",)
-    return (*(stamped if is_stamped else ()), *path.explain().splitlines())
+    lines = path.explain().splitlines()
+    more = (f"and {len(lines) - _NUM_LINES} lines more",) if len(lines) > _NUM_LINES else ()
+    return (*(stamped if is_stamped else ()), *lines[:_NUM_LINES], *more)
