@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hotglm.migration.initialisers import Initialiser
+from hotglm.migration.node import Expression, OfNone, OfOne
 from hotglm.migration.tensor_spec import TensorSpec, is_widening
 
 __all__ = [
@@ -52,56 +53,16 @@ __all__ = [
 ]
 
 
-class Expression:
-    """One tensor of a new state; the classes below are all there are.
-
-    Attributes:
-        spec: its dtype and shape.
-        operands: the expressions that it is made of; empty for a source and for what an initialiser fills.
-    """
-
-    __slots__ = ()
-
-    if TYPE_CHECKING:  # a real property here would be taken for the default of the fields that replace it
-
-        @property
-        def spec(self) -> TensorSpec:
-            """Its dtype and shape."""
-
-        @property
-        def operands(self) -> tuple[Expression, ...]:
-            """The expressions that it is made of."""
-
-
-class _OfNone(Expression):
-    __slots__ = ()
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        """Nothing."""
-        return ()
-
-
-class _OfOne(Expression):
-    __slots__ = ()
-    operand: Expression
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        """The one operand."""
-        return (self.operand,)
-
-
-@dataclass(frozen=True, slots=True)
-class Source(_OfNone):
+@dataclass(frozen=True, slots=True, eq=False)
+class Source(OfNone):
     """A whole tensor of the source."""
 
     name: str
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Narrow(_OfOne):
+@dataclass(frozen=True, slots=True, eq=False)
+class Narrow(OfOne):
     """The range of `length` from `start` along `dim` (`torch.narrow`); a view."""
 
     operand: Expression
@@ -111,8 +72,8 @@ class Narrow(_OfOne):
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Select(_OfOne):
+@dataclass(frozen=True, slots=True, eq=False)
+class Select(OfOne):
     """The slice number `index` along `dim`, without that dimension (`torch.select`); a view."""
 
     operand: Expression
@@ -121,7 +82,7 @@ class Select(_OfOne):
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Join(Expression):
     """The operands one after the other along `dim` (`torch.cat`)."""
 
@@ -130,7 +91,7 @@ class Join(Expression):
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StackOf(Expression):
     """The operands along a new dimension `dim` (`torch.stack`)."""
 
@@ -139,8 +100,8 @@ class StackOf(Expression):
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Permuted(_OfOne):
+@dataclass(frozen=True, slots=True, eq=False)
+class Permuted(OfOne):
     """The dimensions in another order (`torch.permute`); a view."""
 
     operand: Expression
@@ -148,8 +109,8 @@ class Permuted(_OfOne):
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Reshaped(_OfOne):
+@dataclass(frozen=True, slots=True, eq=False)
+class Reshaped(OfOne):
     """The same elements in row-major order in another shape (`torch.reshape`); the shape is that of `spec`."""
 
     operand: Expression
@@ -161,8 +122,8 @@ class Reshaped(_OfOne):
         return self.spec.shape
 
 
-@dataclass(frozen=True, slots=True)
-class Padded(_OfOne):
+@dataclass(frozen=True, slots=True, eq=False)
+class Padded(OfOne):
     """With `before` and `after` further slices of `value` along `dim`."""
 
     operand: Expression
@@ -173,8 +134,8 @@ class Padded(_OfOne):
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Converted(_OfOne):
+@dataclass(frozen=True, slots=True, eq=False)
+class Converted(OfOne):
     """Converted to the dtype of `spec` (`Tensor.to`)."""
 
     operand: Expression
@@ -186,8 +147,8 @@ class Converted(_OfOne):
         return self.spec.dtype
 
 
-@dataclass(frozen=True, slots=True)
-class Scaled(_OfOne):
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaled(OfOne):
     """Every element times `factor`, computed in the operand's own dtype."""
 
     operand: Expression
@@ -195,8 +156,8 @@ class Scaled(_OfOne):
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Filled(_OfNone):
+@dataclass(frozen=True, slots=True, eq=False)
+class Filled(OfNone):
     """A tensor that no source has, filled by `initialiser`; `name` is part of what a random one is seeded with."""
 
     name: str
@@ -204,7 +165,7 @@ class Filled(_OfNone):
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Same(Expression):
     """The first operand, where all operands are bitwise equal; where they are not, evaluation fails."""
 
@@ -212,7 +173,7 @@ class Same(Expression):
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Called(Expression):
     """One output of a free function; all outputs of one call share `function` and `operands`.
 
@@ -223,6 +184,7 @@ class Called(Expression):
         writes: the key and the declared spec of every tensor that the function returns.
         index: which of `writes` this is.
         label: what to call the function in texts.
+        step: the step that it belongs to, likewise; empty where it belongs to none.
     """
 
     function: Callable[[dict[str, Any]], Mapping[str, Any]]
@@ -231,6 +193,7 @@ class Called(Expression):
     writes: tuple[tuple[str, TensorSpec], ...]
     index: int
     label: str
+    step: str = ""
 
     @property
     def spec(self) -> TensorSpec:
@@ -245,7 +208,8 @@ def narrow(operand: Expression, dim: int, start: int, length: int) -> Expression
     if isinstance(operand, Narrow) and operand.dim == dim:
         return narrow(operand.operand, dim, operand.start + start, length)
     if isinstance(operand, Join) and operand.dim == dim and length:  # nothing is no operand's part
-        return join(_find_covered(operand, start, length), dim)
+        covered = tuple(_find_covered(operand, start, length))
+        return join(covered, dim) if covered else narrow(operand.operands[0], dim, 0, 0)
     if isinstance(operand, Padded) and operand.dim == dim and start >= operand.before:
         inside = start - operand.before
         if inside + length <= operand.operand.spec.shape[dim]:

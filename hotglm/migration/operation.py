@@ -30,9 +30,15 @@ _NUM_NAMES_SHOWN = 3
 
 @dataclass(slots=True)
 class Report:
-    """What is wrong with one operation on one state."""
+    """What is wrong with one operation on one state.
+
+    Attributes:
+        problems: in the order in which they were found.
+        step: the step that the operation belongs to, for texts; empty where it runs by itself.
+    """
 
     problems: list[Problem] = field(default_factory=list)
+    step: str = ""
 
     def add(self, code: str, message: str, *, tensor: str | None = None) -> None:
         """Note one problem."""

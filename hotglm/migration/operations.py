@@ -312,7 +312,7 @@ class Apply(Operation):
             writes = tuple((key, spec) for key in self.writes if (spec := self._tell_spec(key, specs, report)))
             made = {
                 pattern.expand(templates[key], match): Called(
-                    self.function, operands, tuple(reads), writes, index, self.label
+                    self.function, operands, tuple(reads), writes, index, self.label, report.step
                 )
                 for index, (key, _) in enumerate(writes)
             }

@@ -35,6 +35,7 @@ __all__ = ["MigrationPath", "StatePlan", "Unit", "plan_state"]
 
 _VIEWS = (Narrow, Permuted, Select)
 _NUM_TENSORS_SHOWN = 30
+_DEPTH_SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,15 +188,15 @@ class MigrationPath:
         """
         state: State = {name: Source(name, spec) for name, spec in specs.items()}
         for hop in self.hops:
-            before = dict(state) if hop.is_derived else {}
+            before = {name: Source(name, tensor.spec) for name, tensor in state.items()} if hop.is_derived else {}
             self._run(hop, hop.operations, state)
             if hop.is_derived:
-                self._verify_way_back(hop, before, state)
+                self._verify_way_back(hop, before)
         return StatePlan(sources=dict(specs), outputs=state, path=self._format_path())
 
     def _run(self, hop: Hop, operations: Sequence[Operation], state: State) -> None:
         for operation in operations:
-            report = Report()
+            report = Report(step=str(hop))
             operation.rewrite(state, report)
             if report.problems:
                 raise self._fail(
@@ -206,9 +207,11 @@ class MigrationPath:
                     "correct the operation, or the version that the tensors carry.",
                 )
 
-    def _verify_way_back(self, hop: Hop, before: State, after: State) -> None:
-        """Refuse a derived way down from which the way up does not lead back to the same names and specs."""
-        again: State = {name: Source(name, tensor.spec) for name, tensor in after.items()}
+    def _verify_way_back(self, hop: Hop, before: Mapping[str, Source]) -> None:
+        """Refuse a derived way down from which the way up does not lead every tensor back to its name and spec."""
+        again: State = dict(before)
+        self._run(hop, hop.operations, again)
+        kept = {*find_sources(*again.values())}
         self._run(hop, hop.step.state or (), again)
         problems = [
             Problem(
@@ -219,6 +222,15 @@ class MigrationPath:
             )
             for name in {**before, **again}
             if _show(before.get(name)) != _show(again.get(name))
+        ]
+        problems += [
+            Problem(
+                code="NOT_INVERTED",
+                message=f"Expected {shorten_repr(name)} on the way up, got {format_expression(again[name])}.",
+                tensor=name,
+            )
+            for name in before
+            if name in kept and name in again and not _is_of(again[name], name)
         ]
         if problems:
             raise self._fail(
@@ -261,19 +273,25 @@ def plan_state(path: MigrationPath, specs: Mapping[str, TensorSpec]) -> StatePla
     return path.plan_state(specs)
 
 
-def format_expression(expression: Expression) -> str:
-    """Return an expression on one line, its tensors by name."""
+def format_expression(expression: Expression, *, depth: int = _DEPTH_SHOWN) -> str:
+    """Return an expression on one line, its tensors by name; what lies below `depth` nodes is left out."""
     if isinstance(expression, Source):
         return shorten_repr(expression.name)
-    operands = ", ".join(map(format_expression, expression.operands))
+    shown = [format_expression(operand, depth=depth - 1) if depth > 1 else "..." for operand in expression.operands]
+    operands = ", ".join(shown)
     fields = [
         f"{name}={shorten_repr(value)}"
         for name in getattr(expression, "__match_args__", ())
-        if name not in ("operand", "operands", "spec", "function", "writes", "reads")
+        if name not in ("operand", "operands", "spec", "function", "writes", "reads", "step")
         for value in (getattr(expression, name),)
     ]
     inside = ", ".join([*([operands] if operands else []), *fields])
     return f"{type(expression).__name__}({inside}) [{expression.spec}]"
+
+
+def _is_of(tensor: Expression, name: str) -> bool:
+    """Tell whether `tensor` is the source `name`, or is computed from it and maybe others."""
+    return name in find_sources(tensor)
 
 
 def _show(tensor: Expression | None) -> str:

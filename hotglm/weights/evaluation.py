@@ -46,6 +46,9 @@ __all__ = ["Evaluation", "count_room", "find_steps", "has_call"]
 _NATIVE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Floating-point dtypes that torch multiplies on the CPU; others are multiplied as float32, which holds them."""
 
+_MAX_DEPTH = 50
+"""Nodes of an expression that are computed by recursion; each takes up to four of Python's frames, of about 1000."""
+
 
 class Evaluation:
     """The expressions over one set of source tensors; in one thread."""
@@ -62,6 +65,7 @@ class Evaluation:
         self._work = work
         self._steps = steps
         self._called: dict[object, Mapping[str, torch.Tensor]] = {}
+        self._deep: dict[Expression, torch.Tensor] = {}
 
     def write(self, expression: Expression, view: torch.Tensor) -> None:
         """Write the value of `expression` to `view`, which has its shape; another dtype is converted at the end.
@@ -72,20 +76,31 @@ class Evaluation:
         """
         mark = self._work.mark()
         with torch.no_grad():
+            self._compute_deep(expression)
             if dtype_name(view.dtype) == expression.spec.dtype:
                 self._write(expression, view)
             else:
                 view.copy_(self._value(expression))
+        self._deep.clear()
         if not self._called:  # what a function returned may be a view of what it was given
             self._work.reset(mark)
 
     def compute(self, expression: Expression) -> torch.Tensor:
         """Return the value of `expression`, which may be a view of an operand; errors are those of `write`."""
         with torch.no_grad():
+            self._compute_deep(expression)
             return self._value(expression)
+
+    def _compute_deep(self, expression: Expression) -> None:
+        """Compute what lies deep inside first, so that Python does not recurse as far as a chain of steps is long."""
+        for node in find_nodes([expression]) if expression.depth > _MAX_DEPTH else ():
+            if node is not expression and node.depth % _MAX_DEPTH == 0:
+                self._deep[node] = self._value(node)
 
     def _write(self, expression: Expression, view: torch.Tensor) -> None:
         match expression:
+            case _ if expression in self._deep:
+                view.copy_(self._deep[expression])
             case Join(operands=parts, dim=dim):
                 start = 0
                 for part in parts:
@@ -120,6 +135,15 @@ class Evaluation:
 
     def _value(self, expression: Expression) -> torch.Tensor:
         """Return the value of `expression`: a view of an operand where there is one, else memory of its own."""
+        if expression in self._deep:
+            return self._deep[expression]
+        value = self._find_value(expression)
+        if value is None:
+            value = self._work.take(TORCH_DTYPES[expression.spec.dtype], expression.spec.shape)
+            self._write(expression, value)
+        return value
+
+    def _find_value(self, expression: Expression) -> torch.Tensor | None:
         match expression:
             case Source(name=name):
                 return self._operands[name]
@@ -131,9 +155,7 @@ class Evaluation:
                 return _look_at(expression, self._value(expression.operand))
             case Reshaped(operand=operand, shape=shape):
                 return self._reshape(self._value(operand), shape)
-        fresh = self._work.take(TORCH_DTYPES[expression.spec.dtype], expression.spec.shape)
-        self._write(expression, fresh)
-        return fresh
+        return None
 
     def _reshape(self, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         if not value.is_contiguous():
@@ -162,11 +184,11 @@ class Evaluation:
 
     def _call(self, call: Called) -> Mapping[str, torch.Tensor]:
         """Return what the free function of a call returned; it is called once for all of its outputs."""
-        key = (call.function, call.operands)
+        key = (call.function, call.operands, call.reads, call.writes)
         found = self._called.get(key)
         if found is None:
             given = dict(zip(call.reads, map(self._value, call.operands), strict=True))
-            found = self._called[key] = _run_function(call, given, self._steps.get(call.label))
+            found = self._called[key] = _run_function(call, given, call.step or self._steps.get(call.label))
         return found
 
 
@@ -209,7 +231,9 @@ def _look_at(expression: Narrow | Select | Permuted, value: torch.Tensor) -> tor
 
 
 def _multiply(value: torch.Tensor, factor: float, view: torch.Tensor) -> None:
-    if value.dtype in _NATIVE or value.is_complex():
+    if value.is_complex():  # number by number: torch would multiply by a complex one, and lose the signs of zeros
+        torch.mul(torch.view_as_real(value), factor, out=torch.view_as_real(view))
+    elif value.dtype in _NATIVE:
         torch.mul(value, factor, out=view)
     elif value.is_floating_point():
         view.copy_(value.to(torch.float32) * factor)
@@ -240,12 +264,12 @@ def _draw(expression: Filled, *, std: float, seed: int) -> torch.Tensor:
 
 
 def _run_function(call: Called, given: dict[str, torch.Tensor], step: str | None) -> Mapping[str, torch.Tensor]:
-    versions = {name: tensor._version for name, tensor in given.items()}
+    versions = {name: _count_writes(tensor) for name, tensor in given.items()}
     try:
         found = call.function(dict(given))
     except Exception as error:
         raise _step_error(call, step, f"it raised {describe_exception(error)}", list(call.reads)) from error
-    if written := [name for name, tensor in given.items() if tensor._version != versions[name]]:
+    if written := [name for name, tensor in given.items() if _count_writes(tensor) != versions[name]]:
         raise _step_error(call, step, "it wrote what it was given", written)
     if not isinstance(found, Mapping):
         raise _step_error(
@@ -257,6 +281,10 @@ def _run_function(call: Called, given: dict[str, torch.Tensor], step: str | None
         said = "; ".join(f"{why} as {shorten_repr(name)}" for name, why in wrong.items())
         raise _step_error(call, step, f"it returned {said}", list(wrong))
     return found
+
+
+def _count_writes(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # what was made in inference mode is not counted by torch
 
 
 def _find_writes(call: Called) -> list[str]:

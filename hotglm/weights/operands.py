@@ -14,14 +14,14 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from hotglm.errors import DigestMismatchError, Problem
+from hotglm.errors import DigestMismatchError, Problem, TensorValueError
 from hotglm.release.files import TensorLocation, WeightFiles
 from hotglm.release.reading import read_scattered
 from hotglm.weights.digest import digest_tensor, tensor_bytes, view_buffer
 from hotglm.weights.dtypes import TORCH_DTYPES
 from hotglm.weights.loader import ReadingTurn
 from hotglm.weights.plan import CHUNK_NBYTES
-from hotglm.weights.proof import Loaded, LoadOptions
+from hotglm.weights.proof import Loaded, LoadOptions, describe_bad_bool, is_bad_bool
 from hotglm.weights.scratch import Workspace, align
 
 __all__ = ["Operands", "describe_mismatch"]
@@ -113,6 +113,8 @@ class Operands:
             if name in self._known:
                 return
             self._known.add(name)
+        if is_bad_bool(tensor):  # whatever it becomes, it was no truth value
+            self._loaded.problems.append((TensorValueError, describe_bad_bool(name)))
         expected = self._options.expected.get(name)
         if expected is not None and (digest := digest_tensor(tensor)) != expected:
             self._loaded.problems.append((DigestMismatchError, describe_mismatch(name, expected, digest)))

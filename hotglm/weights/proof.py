@@ -30,9 +30,11 @@ __all__ = [
     "LoadOptions",
     "Loaded",
     "Target",
+    "describe_bad_bool",
     "describe_conflict",
     "equals_view",
     "find_first_names",
+    "is_bad_bool",
     "prove_tensor",
     "run_load",
 ]
@@ -144,6 +146,16 @@ def describe_conflict(name: str, target: Target) -> Problem:
     return Problem(code="TIE_CONFLICT", message=message, tensor=name)
 
 
+def is_bad_bool(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor of truth values has bytes that are none."""
+    return tensor.dtype is torch.bool and bool(tensor.numel()) and int(tensor.view(torch.uint8).max().item()) > 1
+
+
+def describe_bad_bool(name: str) -> Problem:
+    """Return the problem of such a tensor."""
+    return Problem(code="BAD_BOOL", message="Expected bytes 0 and 1 in a BOOL tensor, got others", tensor=name)
+
+
 def prove_tensor(
     name: str,
     target: Target,
@@ -178,9 +190,8 @@ def prove_tensor(
 
 
 def _find_bad_values(name: str, view: torch.Tensor, *, loaded: Loaded, finite: bool) -> None:
-    if view.dtype is torch.bool and view.numel() and int(view.view(torch.uint8).max().item()) > 1:
-        problem = Problem(code="BAD_BOOL", message="Expected bytes 0 and 1 in a BOOL tensor, got others", tensor=name)
-        loaded.problems.append((TensorValueError, problem))
+    if is_bad_bool(view):
+        loaded.problems.append((TensorValueError, describe_bad_bool(name)))
     if finite and (bad := find_nonfinite(view)) is not None:
         problem = Problem(
             code="NONFINITE",

@@ -1,0 +1,217 @@
+"""What is wrong in a migration is refused with its name, or done bit for bit; never something in between."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+import hotglm
+from hotglm.errors import MigrationStepError
+from hotglm.migration.expression import Expression, TensorSpec
+from hotglm.migration.operation import Operation
+from hotglm.weights.evaluation import Evaluation
+from hotglm.weights.scratch import Workspace
+from support.evaluation import bits
+
+Tensors = Mapping[str, torch.Tensor]
+MAX_CHAIN_S = 2.0
+
+
+def spec(*shape: int, dtype: str = "float32") -> TensorSpec:
+    """Return the spec of a float32 tensor."""
+    return TensorSpec(dtype=dtype, shape=shape)
+
+
+def make(*operations: Operation) -> hotglm.Migrations:
+    """Return migrations with one step from 1.0 to 2.0."""
+    migrations = hotglm.Migrations("ranker")
+    migrations.state("1.0", "2.0", operations)
+    return migrations
+
+
+def plan(migrations: hotglm.Migrations, tensors: Tensors, source: str = "1.0", target: str = "2.0") -> hotglm.StatePlan:
+    """Plan the way between two versions for real tensors."""
+    specs = {name: spec(*t.shape, dtype=str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    return migrations.plan(source, target).plan_state(specs)
+
+
+def run(outputs: Mapping[str, Expression], tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Compute expressions as a load does."""
+    evaluation = Evaluation(tensors, work=Workspace(None), steps={})
+    made = {name: torch.empty(e.spec.shape, dtype=getattr(torch, e.spec.dtype)) for name, e in outputs.items()}
+    for name, view in made.items():
+        evaluation.write(outputs[name], view)
+    return made
+
+
+# -- the way back ------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_that_change_places_on_the_way_back_are_refused() -> None:
+    """A derived way down after which the way up gives a name the tensor of another one is refused, also if all fit."""
+    migrations = make(hotglm.Rename(r"(.*)\.(.*)", r"\2.\1"))
+    state = {name: spec(2) for name in ("a.b.c", "c.a.b", "b.c.a")}
+    with pytest.raises(MigrationStepError) as caught:
+        migrations.plan("2.0", "1.0").plan_state(state)
+    assert caught.value.code == "NOT_INVERTED"
+    assert {problem.tensor for problem in caught.value.problems} == set(state)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [hotglm.Add("b", initialiser=hotglm.Copy("a")), hotglm.Untie(("a", "b")), hotglm.Tie(("a", "b"))],
+    ids=["copy", "untie", "tie"],
+)
+def test_copies_may_come_back_from_what_they_were_copied_from(operation: Operation) -> None:
+    """A tensor that is left out on the way down, because it is a copy, may come back as one."""
+    migrations = make(operation)
+    state = {"a": torch.ones(2), **({} if isinstance(operation, hotglm.Tie) else {"b": torch.ones(2)})}
+    assert plan(migrations, state, "2.0", "1.0").outputs
+
+
+@pytest.mark.parametrize("factor", [2.0, -0.25])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_a_scaled_complex_number_keeps_the_signs_of_its_zeros(factor: float, dtype: torch.dtype) -> None:
+    """Both parts of a complex number are scaled by themselves, so that scaling back gives the same bits."""
+    values = [complex(one, other) for one in (0.0, -0.0, 1.0, -1.0) for other in (0.0, -0.0, 1.0, -1.0)]
+    tensors = {"a": torch.tensor(values, dtype=dtype)}
+    migrations = make(hotglm.Scale("a", factor))
+    up = run(plan(migrations, tensors).outputs, tensors)
+    assert bits(up["a"]) == bits(torch.view_as_complex(torch.view_as_real(tensors["a"]) * factor))
+    assert bits(run(plan(migrations, up, "2.0", "1.0").outputs, up)["a"]) == bits(tensors["a"])
+
+
+# -- long chains -------------------------------------------------------------------------------------------------------
+
+
+def mix(tensors: Tensors) -> Tensors:
+    """Read both tensors for each of two."""
+    return {"a": tensors["a"] + tensors["b"], "b": tensors["a"] - tensors["b"]}
+
+
+def test_a_chain_of_functions_that_read_each_others_results_takes_linear_time() -> None:
+    """Steps whose function reads two results of the step before are planned, explained and run in time."""
+    tensors = {"a": torch.tensor([1.0]), "b": torch.tensor([0.0])}
+    migrations = hotglm.Migrations("ranker")
+    for number in range(40):
+        migrations.state(
+            f"{number}.0", f"{number + 1}.0", [hotglm.Apply(mix, ("a", "b"), {"a": spec(1), "b": spec(1)})]
+        )
+    start = time.perf_counter()
+    found = plan(migrations, tensors, "0.0", "40.0")
+    assert found.explain()
+    made = run(found.outputs, tensors)
+    assert time.perf_counter() - start < MAX_CHAIN_S
+    assert (made["a"].item(), made["b"].item()) == (2.0**20, 0.0)
+
+
+@pytest.mark.parametrize("num_steps", [60, 1000])
+@pytest.mark.parametrize("kind", ["scale", "pad"])
+def test_a_chain_may_be_longer_than_python_recurses(kind: str, num_steps: int) -> None:
+    """A thousand steps that each change the same tensor are planned, explained and run."""
+    tensors = {"a": torch.tensor([1.0, -2.0])}
+    migrations = hotglm.Migrations("ranker")
+    one: Operation = hotglm.Scale("a", -1.0) if kind == "scale" else hotglm.Pad("a", 0, after=1, value=3.0)
+    for number in range(num_steps):
+        odd = hotglm.Scale("a", 1.5 if number % 2 else -1.0)
+        migrations.state(f"{number}.0", f"{number + 1}.0", [odd if kind == "scale" else one])
+    found = plan(migrations, tensors, "0.0", f"{num_steps}.0")
+    assert found.explain()
+    wanted = tensors["a"]
+    for number in range(num_steps):
+        wanted = wanted * (1.5 if number % 2 else -1.0) if kind == "scale" else torch.cat([wanted, torch.tensor([3.0])])
+    assert bits(run(found.outputs, tensors)["a"]) == bits(wanted)
+
+
+# -- values and functions ----------------------------------------------------------------------------------------------
+
+
+def make_slot(migrations: hotglm.Migrations, **tensors: torch.Tensor) -> hotglm.ModuleSlot:
+    """Return a slot that runs buffers as version 2.0."""
+
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, tensor in tensors.items():
+                self.register_buffer(name, tensor)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    return hotglm.ModuleSlot(Holder(), name="ranker", version="2.0", migrations=migrations, accept="major")
+
+
+@pytest.mark.parametrize(
+    ("operation", "live"),
+    [
+        (hotglm.Cast("a", "uint8"), torch.zeros(2, dtype=torch.uint8)),
+        (hotglm.Pad("a", 0, after=1), torch.zeros(3, dtype=torch.bool)),
+        (hotglm.Apply(lambda given: {"a": given["a"].float()}, ("a",), {"a": spec(2)}), torch.zeros(2)),
+    ],
+    ids=["cast", "pad", "apply"],
+)
+def test_bytes_that_are_no_truth_values_are_refused_whatever_becomes_of_them(
+    operation: Operation, live: torch.Tensor, tmp_path: Path
+) -> None:
+    """A BOOL tensor with a byte of 2 is refused by its name in the file, also where it becomes something else."""
+    header = b'{"a":{"dtype":"BOOL","shape":[2],"data_offsets":[0,2]}}'
+    header += b" " * (-len(header) % 8)
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\x02\x01")
+    slot = make_slot(make(operation), a=live)
+    with pytest.raises(hotglm.TensorValueError) as caught:
+        slot.update(path, version="1.0")
+    assert [(problem.code, problem.tensor) for problem in caught.value.problems] == [("BAD_BOOL", "a")]
+    assert str(slot.version) == "2.0"
+    assert bits(slot.state_dict()["a"]) == bits(live)
+
+
+def test_one_function_may_make_different_tensors_of_the_same_ones() -> None:
+    """Two uses of a function on the same tensors, under other keys or for other results, are two calls."""
+
+    def branch(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"b": given["p"] + 1} if "p" in given else {"c": given["q"] + 2}
+
+    tensors = {"a": torch.zeros(2)}
+    migrations = make(
+        hotglm.Untie(("a", "a2")),
+        hotglm.Apply(branch, {"p": "a"}, {"b": spec(2)}),
+        hotglm.Apply(branch, {"q": "a2"}, {"c": spec(2)}),
+    )
+    made = run(plan(migrations, tensors).outputs, tensors)
+    assert (made["b"].tolist(), made["c"].tolist()) == ([1.0, 1.0], [2.0, 2.0])
+
+
+def test_functions_may_pass_on_what_they_made_in_inference_mode() -> None:
+    """A function that works in inference mode may be followed by another one."""
+
+    def infer(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with torch.inference_mode():
+            return {"a": given["a"] * 2}
+
+    tensors = {"a": torch.ones(2)}
+    twice = [hotglm.Apply(infer, ("a",), {"a": spec(2)})] * 2
+    assert run(plan(make(*twice), tensors).outputs, tensors)["a"].tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("failing", [1.0, 2.0])
+def test_the_step_that_failed_is_named_also_if_another_one_has_the_same_function(failing: float) -> None:
+    """Of two steps with the same function, the one that failed is named."""
+
+    def double(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if given["a"][0] == failing:
+            raise ValueError("not this one")
+        return {"a": given["a"] * 2}
+
+    migrations = hotglm.Migrations("ranker")
+    for source, target in (("1.0", "1.1"), ("1.1", "2.0")):
+        migrations.state(source, target, [hotglm.Apply(double, ("a",), {"a": spec(2)})])
+    slot = make_slot(migrations, a=torch.zeros(2))
+    with pytest.raises(MigrationStepError) as caught:
+        slot.update({"a": torch.ones(2)}, version="1.0")
+    assert caught.value.step == ("1.0 -> 1.1" if failing == 1.0 else "1.1 -> 2.0")
