@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hotglm.migration.tensor_spec import TensorSpec
 
@@ -47,7 +47,8 @@ class Expression:
         for operand in self.operands:
             depth = max(depth, operand.depth)
         object.__setattr__(self, "depth", depth + 1)
-        object.__setattr__(self, "_hash", hash(_getter(type(self))(self)))
+        kind: Any = type(self)  # mypy takes the hash of its objects for its own
+        object.__setattr__(self, "_hash", hash(_getter(kind)(self)))
 
     def _fields(self) -> tuple[object, ...]:
         return tuple(getattr(self, name) for name in self.__match_args__)
