@@ -52,6 +52,14 @@ def test_a_new_argument_is_backward_compatible_only() -> None:
     assert found.remedy == "take the argument and ignore it until the next major version"
 
 
+def test_a_new_config_field_with_a_default_reads_old_configs() -> None:
+    """Old configs need not set it; code that does not know it cannot read configs that do."""
+    history = [release("1.0.0", contract(config=(field("n"),)))]
+    candidate = release("1.1.0", contract(config=(field("n"), field("m", default="1"))))
+    assert find(history, candidate, BACKWARD) == []
+    assert codes(find(history, candidate, FORWARD)) == ["1.0.0 forward CONFIG_FIELD_REMOVED"]
+
+
 def test_a_migration_carries_files_over_and_never_callers() -> None:
     """Tensors and configs count as compatible where a path leads from the one version to the other; calls never do."""
     old = contract(tensor("w"), call=lambda x: 0, config=(field("n"),))

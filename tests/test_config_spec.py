@@ -64,6 +64,12 @@ def test_a_typed_dict_has_types_and_optional_keys() -> None:
     assert read(AsTypedDict) == {name: (kind, optional, None) for name, (kind, optional, _) in EXPECTED.items()}
 
 
+def test_a_typed_dict_may_be_partial() -> None:
+    """Without `total`, every key may be left out."""
+    partial = typing.TypedDict("partial", {"width": int, "depth": typing.Required[int]}, total=False)  # noqa: UP013
+    assert read(partial) == {"width": ("int", True, None), "depth": ("int", False, None)}
+
+
 @pytest.mark.parametrize(
     "config",
     [

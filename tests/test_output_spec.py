@@ -125,7 +125,8 @@ class Tower(nn.Module):
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": self.drop(self.norm(x)), "mean": x.mean()}
+        answer = {"logits": self.drop(self.norm(x)), "mean": x.mean()}
+        return {"training only": x} if self.training else answer
 
 
 def test_contract_of_records_what_a_module_gives_back() -> None:
@@ -161,6 +162,22 @@ def test_with_inputs_of_the_same_shapes_every_size_counts() -> None:
     assert find(recording(output(2, 8)), recording(output(4, 8))) == [
         OutputShapeChanged(subject="result", old=(2, 8), new=(4, 8))
     ]
+
+
+def test_a_size_that_follows_the_batch_otherwise_is_a_change() -> None:
+    """Twice as many rows for the same inputs are found, although neither side's rows are fixed."""
+    old, new = recording(output(2, 8), output(3, 8)), recording(output(4, 8), output(6, 8))
+    assert find(old, new) == [
+        OutputShapeChanged(subject="result", old=(2, 8), new=(4, 8)),
+        OutputShapeChanged(subject="result", old=(3, 8), new=(6, 8)),
+    ]
+
+
+def test_a_dtype_that_varies_is_not_compared() -> None:
+    """A dtype that differs between recordings of one version promises nothing."""
+    varies = recording(output(2, 8), output(2, 8, dtype="int8"), shapes=((2, 16), (2, 16)))
+    plain = recording(output(2, 8))
+    assert find(varies, plain) == find(plain, varies) == []
 
 
 BIGGER = ((5, 16), (7, 16))
@@ -257,6 +274,8 @@ def test_two_of_the_same_layout_are_not_taken_for_renamed() -> None:
     old, new = named(a=output(2), b=output(2)), named(c=output(2), d=output(2))
     found = find(recording(old), recording(new))
     assert [one.code for one in found] == ["OUTPUT_REMOVED", "OUTPUT_REMOVED", "OUTPUT_ADDED", "OUTPUT_ADDED"]
+    found = find(recording(named(a=output(2))), recording(new))
+    assert [one.code for one in found] == ["OUTPUT_REMOVED", "OUTPUT_ADDED", "OUTPUT_ADDED"]
 
 
 @given(output_specs())
