@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import hotglm
 from hotglm.errors import MigrationStepError
-from hotglm.migration.expression import Source, TensorSpec
+from hotglm.migration.expression import Source, TensorSpec, pad
 from hotglm.migration.operation import Operation
 from support.evaluation import bits, evaluate
 from support.operations import draw_operation, make_sources, make_tensors, specs
@@ -195,6 +195,17 @@ def test_an_explicit_way_down_is_taken() -> None:
     assert migrations.check() == ()
 
 
+def test_a_chain_may_be_long() -> None:
+    """A thousand steps that all compute with one tensor are planned, and those that only grow it become one."""
+    migrations = hotglm.Migrations("ranker")
+    for n in range(1, 1001):
+        migrations.state(f"{n}.0", f"{n + 1}.0", [hotglm.Scale("a", 3.0), hotglm.Pad("b", 0, after=1)])
+    planned = migrations.plan("1.0", "1001.0").plan_state({"a": spec(2), "b": spec(2)})
+    assert planned.outputs["b"] == pad(Source("b", spec(2)), 0, 0, 1000, 0.0)
+    assert [(unit.sources, unit.nbytes) for unit in planned.units] == [(("a",), 8 * 1000), (("b",), 8)]
+    assert "..." in planned.explain()
+
+
 def test_a_random_tensor_keeps_the_name_it_was_made_for() -> None:
     """Normal is seeded with the name at the Add, so that a later renaming does not change its values."""
     planned = plan(make(hotglm.Add("a", (1,), "float32", hotglm.Normal(1.0, 5)), hotglm.Rename("a", "b")), {})
@@ -221,9 +232,9 @@ def test_planning_is_linear(operations: list[Operation]) -> None:
     """A plan of 1000 tensors with 1000 changed takes less than 100 ms, by one pattern or by 1000 operations."""
     path = make(*operations).plan("1.0", "2.0")
 
-    def measure_ms() -> float:
-        start = time.perf_counter()
+    def measure_ms() -> float:  # of this thread, so that a busy machine does not count
+        start = time.thread_time()
         path.plan_state(STATE)
-        return (time.perf_counter() - start) * 1e3
+        return (time.thread_time() - start) * 1e3
 
     assert min(measure_ms() for _ in range(5)) < MAX_PLAN_MS

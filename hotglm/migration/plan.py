@@ -328,9 +328,9 @@ def _find_units(outputs: Mapping[str, Expression]) -> Iterator[Unit]:
 
 
 def _sum_nbytes(outputs: Sequence[Expression]) -> int:
-    made = set(outputs)
+    made = set(map(id, outputs))
     return sum(
         node.spec.nbytes
         for node in find_nodes(outputs)
-        if isinstance(node, Source) or not (isinstance(node, _VIEWS) or node in made)
+        if isinstance(node, Source) or not (isinstance(node, _VIEWS) or id(node) in made)
     )

@@ -99,4 +99,6 @@ def _fill(node: Filled) -> torch.Tensor:
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     """Return what is equal for two tensors exactly if they are bitwise the same."""
-    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    plain = torch.empty(tensor.numel(), dtype=tensor.dtype)  # a view of one element may keep an odd stride
+    plain.copy_(tensor.reshape(-1))
+    return tensor.dtype, tuple(tensor.shape), plain.view(torch.uint8).numpy().tobytes()
