@@ -294,8 +294,6 @@ def pad(operand: Expression, dim: int, before: int, after: int, value: float) ->
     """Return it with `before` and `after` further slices of `value` along `dim`."""
     if before == after == 0:
         return operand
-    if isinstance(operand, Padded) and operand.dim == dim and operand.value == value:
-        return pad(operand.operand, dim, operand.before + before, operand.after + after, value)
     size = operand.spec.shape[dim] + before + after
     return Padded(operand, dim, before, after, value, _resized(operand.spec, dim, size))
 
@@ -334,20 +332,15 @@ def is_power_of_two(factor: float) -> bool:
 
 
 def find_nodes(roots: Iterable[Expression]) -> Iterator[Expression]:
-    """Yield every node under `roots` once, each after all its operands.
-
-    Two nodes are one if they are the same object, or equal and without operands. To hash a deep tree at each of its
-    nodes would take the square of its depth, and more stack than Python has.
-    """
-    seen: set[object] = set()
+    """Yield every distinct node under `roots`, each after all its operands."""
+    seen: set[Expression] = set()
     stack_: list[tuple[Expression, bool]] = [(root, False) for root in roots][::-1]
     while stack_:
         node, is_ready = stack_.pop()
-        key = id(node) if node.operands else node
-        if key in seen:
+        if node in seen:
             continue
         if is_ready or not node.operands:
-            seen.add(key)
+            seen.add(node)
             yield node
         else:
             stack_.append((node, True))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hotglm.errors import ArgumentError, MigrationStepError, Problem, shorten_repr
-from hotglm.migration.config import ConfigChange, FieldChange, UnfitConfigError
+from hotglm.migration.config import ConfigChange, FieldChange, UnfitConfigError, describe_function
 from hotglm.migration.expression import (
     Expression,
     Narrow,
@@ -27,7 +27,6 @@ from hotglm.migration.expression import (
     find_sources,
 )
 from hotglm.migration.operation import Operation, Report, State
-from hotglm.migration.origin import describe_function
 from hotglm.migration.step import Hop
 from hotglm.problem import describe_exception
 from hotglm.version import Version
@@ -328,9 +327,9 @@ def _find_units(outputs: Mapping[str, Expression]) -> Iterator[Unit]:
 
 
 def _sum_nbytes(outputs: Sequence[Expression]) -> int:
-    made = set(map(id, outputs))
+    made = set(outputs)
     return sum(
         node.spec.nbytes
         for node in find_nodes(outputs)
-        if isinstance(node, Source) or not (isinstance(node, _VIEWS) or id(node) in made)
+        if isinstance(node, Source) or not (isinstance(node, _VIEWS) or node in made)
     )
