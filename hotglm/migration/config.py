@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hotglm.errors import ArgumentError, shorten_repr
+from hotglm.migration.origin import describe_function, format_call
 
 __all__ = [
     "AddField",
@@ -27,7 +28,6 @@ __all__ = [
     "RenameField",
     "UnfitConfigError",
     "as_changes",
-    "describe_function",
 ]
 
 ConfigFunction = Callable[[dict[str, Any]], dict[str, Any]]
@@ -76,6 +76,10 @@ class FieldChange:
     def why_not(self) -> str:
         """Return why there is no inverse; empty when there is one."""
         return "" if self.inverse() is not None else self._fault()
+
+    def __str__(self) -> str:
+        """Format as it is written in code, without what is left at its default."""
+        return format_call(self)
 
     def _fault(self) -> str:
         raise NotImplementedError
@@ -188,12 +192,6 @@ def as_changes(changes: object) -> tuple[ConfigChange, ...]:
                 remedy="give RenameField, AddField, DropField, MapField, or a function from dict to dict.",
             )
     return given
-
-
-def describe_function(function: Callable[..., object]) -> str:
-    """Return `module.qualname` of a function, or what it is where it has no name."""
-    name = getattr(function, "__qualname__", None)
-    return f"{function.__module__}.{name}" if isinstance(name, str) else shorten_repr(function)
 
 
 def _verify_free(config: Mapping[str, Any], name: str) -> None:

@@ -273,7 +273,7 @@ class Graph:
             if step is not None:
                 yield Problem(
                     code="NEAREST_STEP",
-                    message=f"Expected {furthest} in the source of {step}, got {step.source.range}.",
+                    message=f"Expected {furthest} in the source of {step}, got {step.source.span}.",
                 )
 
     def _find_missing_down(self, furthest: Version, target: Version) -> Iterator[Problem]:
@@ -283,7 +283,7 @@ class Graph:
             if step.one_way:
                 message = f"Expected {step} to have a way down, got none: {'; '.join(step.one_way)}."
             else:
-                message = f"Expected {target} in the source of {step}, got {step.source.range}."
+                message = f"Expected {target} in the source of {step}, got {step.source.span}."
             yield Problem(code="NO_WAY_DOWN" if step.one_way else "NEAREST_STEP", message=message)
 
 

@@ -11,13 +11,13 @@ Rules this module keeps:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hotglm.errors import ArgumentError, MigrationStepError, Problem, shorten_repr
 from hotglm.migration.expression import Expression
 from hotglm.migration.naming import Match, NamePattern, NameTemplate
+from hotglm.migration.origin import format_call
 from hotglm.migration.tensor_spec import normalise_dim
 
 __all__ = ["Operation", "Report", "State", "as_names", "find_dim", "replace_by_name", "verify_names"]
@@ -92,14 +92,7 @@ class Operation:
 
     def __str__(self) -> str:
         """Format as it is written in code, without what is left at its default."""
-        shown = [
-            shorten_repr(value)
-            if parameter.default is dataclasses.MISSING
-            else f"{parameter.name}={shorten_repr(value)}"
-            for parameter in sorted(dataclasses.fields(self), key=lambda parameter: parameter.kw_only is True)
-            if (value := getattr(self, parameter.name)) != parameter.default
-        ]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return format_call(self)
 
     def _find(self, text: str, state: State, report: Report) -> list[tuple[str, Match]]:
         """Return the tensors that `text` means; none is a problem unless the operation is optional."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hotglm.errors import ArgumentError, shorten_repr
-from hotglm.migration.config import describe_function
 from hotglm.migration.expression import Called, Expression, Filled, same
 from hotglm.migration.initialisers import Copy, Initialiser, Zeros
 from hotglm.migration.naming import NamePattern, NameTemplate, turn_round
 from hotglm.migration.operation import Operation, Report, State, as_names, replace_by_name, verify_names
+from hotglm.migration.origin import describe_function
 from hotglm.migration.tensor_spec import TensorSpec
 from hotglm.problem import describe_exception
 

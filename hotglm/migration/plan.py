@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hotglm.errors import ArgumentError, MigrationStepError, Problem, shorten_repr
-from hotglm.migration.config import ConfigChange, FieldChange, UnfitConfigError, describe_function
+from hotglm.migration.config import ConfigChange, FieldChange, UnfitConfigError
 from hotglm.migration.expression import (
     Expression,
     Narrow,
@@ -27,6 +27,7 @@ from hotglm.migration.expression import (
     find_sources,
 )
 from hotglm.migration.operation import Operation, Report, State
+from hotglm.migration.origin import describe_function
 from hotglm.migration.step import Hop
 from hotglm.problem import describe_exception
 from hotglm.version import Version

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hotglm.errors import MigrationGraphError, VersionSyntaxError, shorten_repr
-from hotglm.migration.config import ConfigChange, FieldChange, describe_function
+from hotglm.migration.config import ConfigChange, FieldChange
 from hotglm.migration.operation import Operation
+from hotglm.migration.origin import describe_function
 from hotglm.version import Version, VersionRange
 
 __all__ = ["Hop", "Step", "StepSource", "make_source"]
@@ -43,6 +44,11 @@ class StepSource:
     high: Version
     has_high: bool
     is_plain: bool
+
+    @property
+    def span(self) -> str:
+        """The range in words: `>=1.4,<2.0` for a bare `1.4`."""
+        return f">={self.low},<{self.high}" if self.is_plain and not self.has_high else self.text
 
     @property
     def key(self) -> object:
