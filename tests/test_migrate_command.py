@@ -26,7 +26,9 @@ from hotglm.weights.digest import digest_tensor
 from hotglm.weights.dtypes import TORCH_DTYPES
 from hotglm.weights.migration import load_migrated
 from hotglm.weights.proof import LoadOptions
+from hotglm.weights.workers import count_cores
 from support import family
+from support.peak import read_peak
 from support.spares import Spare
 
 TESTS = Path(__file__).parent
@@ -225,6 +227,20 @@ def test_what_fails_leaves_the_target_as_it_was(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space"):
         hotglm.migrate_weights(path, target, migrations=family.MIGRATIONS, to="3.0")
     verify_nothing_happened()
+
+
+def test_a_migration_on_disk_holds_one_unit_at_a_time(tmp_path: Path) -> None:
+    """However large the file, memory is that of the threads' largest units: operands, and one output."""
+    nbytes, num_tensors = 8 << 20, 10
+    save_file({f"w{i}": torch.ones(nbytes // 16, 4) for i in range(num_tensors)}, tmp_path / "w.safetensors")
+    steps = hotglm.Migrations("turned")
+    steps.state("1", "2", [hotglm.Transpose(r"w(\d)", 0, 1)])
+    peak = read_peak(
+        lambda: hotglm.migrate_weights(
+            tmp_path / "w.safetensors", tmp_path / "new.safetensors", migrations=steps, to="2", version="1"
+        )
+    )
+    assert peak < min(4, count_cores()) * 2 * nbytes + (4 << 20), peak
 
 
 def test_progress_ends_at_the_size_of_the_source(tmp_path: Path) -> None:

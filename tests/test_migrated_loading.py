@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from hotglm.weights.migration import load_migrated
 from hotglm.weights.plan import plan_reads
 from hotglm.weights.proof import Loaded, LoadOptions
 from hotglm.weights.workers import Cancellation
+from support.peak import read_peak
 from support.spares import Spare, random_tensor
 
 Tensors = Mapping[str, torch.Tensor]
@@ -277,23 +277,6 @@ def test_every_dtype_is_moved_bit_for_bit(dtype: torch.dtype, tmp_path: Path) ->
 MIB = 1 << 20
 
 
-def _read_peak(work: Callable[[], object]) -> int:
-    """Return by how many bytes the process rose above where it stood while `work` ran."""
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests gave back would be taken again unseen
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pytest.skip("the system does not let a process reset its peak")
-    before = _read_status("VmRSS")
-    work()
-    return _read_status("VmHWM") - before
-
-
-def _read_status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
 def test_moved_tensors_take_no_memory_beside_the_spare(tmp_path: Path) -> None:
     """Renames, splits and joins of leading dimensions are read to where they stay: nothing else is taken."""
     tensors = {f"w{index}": torch.ones(3 * MIB // 4, 4) for index in range(8)}
@@ -307,7 +290,7 @@ def test_moved_tensors_take_no_memory_beside_the_spare(tmp_path: Path) -> None:
     del tensors
     spare = _make_spare(plan)
     spare.arena.populate(0, spare.arena.nbytes)
-    peak = _read_peak(lambda: _load_file(path, plan, spare, num_threads=2))
+    peak = read_peak(lambda: _load_file(path, plan, spare, num_threads=2))
     assert plan.peak_nbytes(num_workers=2) >= 0
     assert peak < 4 * MIB, peak
 
@@ -329,7 +312,7 @@ def test_the_peak_is_the_operands_of_the_largest_units(
     spare.arena.populate(0, spare.arena.nbytes)
     taken: list[int] = []
     with hooked(_count_memory(taken)):
-        peak = _read_peak(lambda: _load_file(path, plan, spare, num_threads=num_threads))
+        peak = read_peak(lambda: _load_file(path, plan, spare, num_threads=num_threads))
     bound = num_threads * (nbytes + nbytes)
     assert plan.peak_nbytes(num_workers=num_threads) == bound
     assert set(taken) == {nbytes + nbytes}

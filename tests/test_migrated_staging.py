@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +203,18 @@ def test_somebody_elses_model_is_given_migrations() -> None:
     assert torch.equal(slot.state_dict()["1.weight"], fused[:3])
     with pytest.raises(hotglm.ArgumentError, match="migrations"):
         hotglm.ModuleSlot(nn.Linear(1, 1), migrations="theirs")  # type: ignore[arg-type]  # the mistake
+
+
+def test_a_copied_slot_migrates_like_the_first() -> None:
+    """A deep copy and a pickle of a slot keep its migrations, and know the layout of the code that they hold."""
+    steps = hotglm.Migrations("theirs")
+    steps.state("1", "2", [hotglm.Rename("w", "weight")])
+    slot = hotglm.ModuleSlot(nn.Linear(2, 2, bias=False), version="2", accept="major", migrations=steps)
+    slot.update({"w": torch.eye(2)}, version="1.5")
+    for other in (copy.deepcopy(slot), pickle.loads(pickle.dumps(slot))):
+        receipt = other.update({"w": 2 * torch.eye(2)}, version="1.5")
+        assert receipt.migration
+        assert torch.equal(other(torch.ones(2)), 2 * torch.ones(2))
 
 
 def test_new_code_is_preferred_to_a_migration() -> None:

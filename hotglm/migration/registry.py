@@ -58,6 +58,11 @@ class Migrations:
         self._steps: dict[tuple[object, Version], Step] = {}
         self._graph: Graph | None = None
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the steps; their functions must be ones that pickle can find again, at the top of a module."""
+        with self._lock:
+            return (_rebuild, (self.name, dict(self._steps)))
+
     # -- registering ---------------------------------------------------------------------------------------------------
 
     @overload
@@ -277,6 +282,12 @@ class Migrations:
                 continue
             return True
         return not hops
+
+
+def _rebuild(name: str, steps: dict[tuple[object, Version], Step]) -> Migrations:
+    migrations = Migrations(name)
+    migrations._steps = steps
+    return migrations
 
 
 def _as_operations(operations: object) -> tuple[Operation, ...]:

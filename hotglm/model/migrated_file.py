@@ -141,10 +141,13 @@ class _Writer:
         mark = work.mark()
         for name, output in zip(names, outputs, strict=True):
             try:
-                data = tensor_bytes(evaluation.compute(output))
+                value = evaluation.compute(output)
             except TensorValueError as error:  # tensors that cannot be tied: named with all else that is wrong
                 self._loaded.problems += [(TensorValueError, problem) for problem in error.problems]
                 continue
+            if not value.is_contiguous():
+                value = work.take(value.dtype, value.shape).copy_(value)
+            data = tensor_bytes(value)
             self._write_tensor(fd, self._entries[name], memoryview(b"") if not data.numel() else view_buffer(data))
             if not calls:
                 work.reset(mark)

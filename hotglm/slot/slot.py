@@ -176,6 +176,10 @@ class ModuleSlot(ModuleFacade):
     ) -> Staged:
         """Load and prove a new version beside the live one; return it, ready to be committed.
 
+        Weights of another version than the code's are brought to it by the migrations that lie between, if there are
+        any, while they are read; they keep their own version. Weights that carry no version are taken as they are
+        where they fit, else as the version of the one known layout that leads here; `migration` of the receipt says so.
+
         The live version serves throughout and is not touched, whatever happens. Blocks the calling thread; from asyncio
         use `await asyncio.to_thread(slot.stage, ...)`. A newer stage supersedes one that is not committed.
 
@@ -190,6 +194,7 @@ class ModuleSlot(ModuleFacade):
 
         Raises:
             SourceError: the bytes cannot be used. IncompatibleError: the verdict says no. CheckError: a proof failed.
+            MigrationError: the way from their version is ambiguous or does not fit, or is not known (no version).
             ModuleError: the structure cannot be carried over. MemoryPlanError: no room.
             SlotStateError: superseded, closed, or called from inside a stage. StageTimeoutError, StageFailedError,
             ThreadStartError, ArgumentError: as they say.
@@ -302,12 +307,14 @@ class ModuleSlot(ModuleFacade):
             "memory": settings.memory,
             "constants": settings.constants,
             "refresh": settings.refresh,
+            "migrations": settings.migrations,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSlot:
         """Return an independent slot around a deep copy of the live module, with the same settings."""
         with self.acquire() as generation:
             copied = ModuleSlot(copy.deepcopy(generation.module, memo), **self._options())
+            copied.live.code_version = generation.code_version
         memo[id(self)] = copied
         return copied
 
@@ -318,7 +325,8 @@ class ModuleSlot(ModuleFacade):
         that the other process can write (P5; `tests/test_fork.py`).
         """
         with self.acquire() as generation:
-            return (_rebuild, (pickle.dumps(generation.module, protocol), self._options()))
+            module = pickle.dumps(generation.module, protocol)
+            return (_rebuild, (module, self._options(), str(generation.code_version)))
 
 
 def _verify_settings(*, name: object, policy: object, memory: object, refresh: object, migrations: object) -> None:
@@ -337,8 +345,10 @@ def _verify_settings(*, name: object, policy: object, memory: object, refresh: o
         )
 
 
-def _rebuild(module: bytes, options: dict[str, Any]) -> ModuleSlot:
-    return ModuleSlot(pickle.loads(module), **options)  # noqa: S301 - part of a pickle that is being read already
+def _rebuild(module: bytes, options: dict[str, Any], code_version: str) -> ModuleSlot:
+    slot = ModuleSlot(pickle.loads(module), **options)  # noqa: S301 - part of a pickle that is being read already
+    slot.live.code_version = Version(code_version)
+    return slot
 
 
 _slots: weakref.WeakSet[ModuleSlot] = weakref.WeakSet()
