@@ -6,6 +6,7 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,3 +216,120 @@ def test_the_step_that_failed_is_named_also_if_another_one_has_the_same_function
     with pytest.raises(MigrationStepError) as caught:
         slot.update({"a": torch.ones(2)}, version="1.0")
     assert caught.value.step == ("1.0 -> 1.1" if failing == 1.0 else "1.1 -> 2.0")
+
+
+# -- what is refused before anything is read ---------------------------------------------------------------------------
+
+GROUPS = {"x.a": torch.ones(2), "y.a": torch.ones(2), "shared": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        hotglm.Concatenate((r"(.*)\.a", "shared"), r"\1.c"),
+        hotglm.Stack((r"(.*)\.a", "shared"), r"\1.c"),
+        hotglm.Tie((r"(.*)\.a", "shared")),
+        hotglm.Apply(mix, (r"(.*)\.a", "shared"), {r"\1.c": spec(2)}),
+    ],
+    ids=lambda operation: type(operation).__name__,
+)
+def test_a_tensor_that_two_groups_would_take_is_named(operation: Operation) -> None:
+    """A tensor that belongs to two groups of an operation is refused by name: the first would use it up."""
+    with pytest.raises(MigrationStepError) as caught:
+        plan(make(operation), GROUPS)
+    assert [(problem.code, problem.tensor) for problem in caught.value.problems] == [("TENSOR_TWICE", "shared")]
+
+
+@pytest.mark.parametrize(
+    ("operation", "tensor"),
+    [
+        (hotglm.Pad("a", 0, after=1, value=float("nan")), torch.ones(2, dtype=torch.int64)),
+        (hotglm.Pad("a", 0, after=1, value=float("inf")), torch.ones(2, dtype=torch.int64)),
+        (hotglm.Pad("a", 0, after=1, value=300), torch.ones(2, dtype=torch.uint8)),
+        (hotglm.Pad("a", 0, after=1, value=2), torch.ones(2, dtype=torch.bool)),
+        (hotglm.Pad("a", 0, after=1, value=1e6), torch.ones(2, dtype=torch.float16)),
+        (hotglm.Scale("a", 2.0**-200), torch.ones(2)),
+        (hotglm.Scale("a", 2.0**200), torch.ones(2, dtype=torch.bfloat16)),
+    ],
+    ids=["nan", "inf", "too large", "no truth value", "half", "factor too small", "factor too large"],
+)
+def test_a_value_that_the_dtype_cannot_hold_is_refused_in_the_dry_run(
+    operation: Operation, tensor: torch.Tensor
+) -> None:
+    """Padding and factors that would be rounded to something else altogether are refused by the tensor's name."""
+    with pytest.raises(MigrationStepError) as caught:
+        plan(make(operation), {"a": tensor})
+    assert [(problem.code, problem.tensor) for problem in caught.value.problems] == [("DTYPE_DIFFERS", "a")]
+
+
+class _Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, given: object) -> object:
+        return given
+
+
+@pytest.mark.parametrize(
+    "construct",
+    [
+        lambda: hotglm.Add("x", (2,), "float33"),
+        lambda: hotglm.Add("x", (-2,), "float32"),
+        lambda: hotglm.Add("x", 5, "float32"),
+        lambda: hotglm.Add("x", (2,), "int64", hotglm.Constant(1.5)),
+        lambda: hotglm.Add("x", (2,), "uint8", hotglm.Constant(300)),
+        lambda: hotglm.Constant("a"),
+        lambda: hotglm.Slice("a", 0, 0.5, 1.5),
+        lambda: hotglm.Slice("a", 0, 0, 1, was=3, restore="0"),
+        lambda: hotglm.Transpose("a", "x", 0),
+        lambda: hotglm.Split("a", ("b", "c"), dim=None),
+        lambda: hotglm.Split("a", ("b", "c"), sizes=2),
+        lambda: hotglm.Stack(("a", "b"), "c", dim=0.5),
+        lambda: hotglm.Permute("a", None),
+        lambda: hotglm.Permute("a", ("0", "1")),
+        lambda: hotglm.Reshape("a", 4),
+        lambda: hotglm.Reshape("a", None),
+        lambda: hotglm.Scale("a", "2"),
+        lambda: hotglm.Pad("a", None),
+        lambda: hotglm.Apply(_Unhashable(), ("a",), {"a": spec(2)}),
+    ],
+)
+def test_an_operation_of_the_wrong_kind_of_values_is_refused_when_it_is_written(construct: Any) -> None:
+    """Whoever writes an operation with something else than numbers, shapes and dtypes is told there and then."""
+    with pytest.raises(hotglm.ArgumentError) as caught:
+        construct()
+    assert caught.value.remedy
+
+
+def test_nothing_may_be_left_of_what_was_joined() -> None:
+    """An empty range of tensors that were joined is an empty tensor."""
+    tensors = {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}
+    migrations = make(hotglm.Concatenate(("a", "b"), "c"), hotglm.Slice("c", 0, 1, 1))
+    assert bits(run(plan(migrations, tensors).outputs, tensors)["c"]) == bits(torch.empty(0, 3))
+
+
+def test_a_shape_may_be_written_as_a_list() -> None:
+    """The shape of a spec that somebody writes as a list is the shape."""
+    found = TensorSpec(dtype="float32", shape=[2, 2])  # type: ignore[arg-type]
+    assert found == spec(2, 2)
+    assert hash(found) == hash(spec(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("source", "inside", "outside"),
+    [
+        ("==1!1.*", ["1!1.0", "1!1.9"], ["1.0", "1!2.0"]),
+        ("~=1!2.3", ["1!2.3", "1!2.9"], ["2.3", "1!2.2", "1!3.0"]),
+        ("~=1.4.post1", ["1.4.post1", "1.9"], ["1.4", "2.0"]),
+        ("~=1.4.dev1", ["1.4", "1.9"], ["2.0"]),
+    ],
+)
+def test_ranges_with_epochs_and_suffixes_are_read_as_they_are_defined(
+    source: str, inside: list[str], outside: list[str]
+) -> None:
+    """A step starts from exactly the versions that PEP 440 counts into its range, epochs and suffixes included."""
+    migrations = hotglm.Migrations("ranker")
+    migrations.state(source, "1!9.0", [hotglm.Scale("a", 2.0)])
+    assert all(migrations.plan(version, "1!9.0").hops for version in inside)
+    for version in outside:
+        with pytest.raises(hotglm.NoPathError):
+            migrations.plan(version, "1!9.0")

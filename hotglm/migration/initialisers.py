@@ -30,6 +30,11 @@ class Constant:
 
     value: float
 
+    def __post_init__(self) -> None:
+        """Refuse what is no number."""
+        if not isinstance(self.value, int | float | complex):
+            raise ArgumentError(f"Expected a number, got {shorten_repr(self.value)}.", remedy="give an int or float.")
+
 
 @dataclass(frozen=True, slots=True)
 class Normal:
@@ -40,7 +45,7 @@ class Normal:
 
     def __post_init__(self) -> None:
         """Refuse what is no standard deviation."""
-        if not (math.isfinite(self.std) and self.std >= 0):
+        if not (isinstance(self.std, int | float) and math.isfinite(self.std) and self.std >= 0):
             raise ArgumentError(
                 f"Expected a standard deviation of 0 or more, got {shorten_repr(self.std)}.",
                 remedy="give a finite number.",

@@ -20,7 +20,17 @@ from hotglm.migration.naming import Match, NamePattern, NameTemplate
 from hotglm.migration.origin import format_call
 from hotglm.migration.tensor_spec import normalise_dim
 
-__all__ = ["Operation", "Report", "State", "as_names", "find_dim", "replace_by_name", "verify_names"]
+__all__ = [
+    "Operation",
+    "Report",
+    "State",
+    "as_names",
+    "find_dim",
+    "replace_by_name",
+    "verify_names",
+    "verify_number",
+    "verify_whole",
+]
 
 State = dict[str, Expression]
 """The tensors of a state, while operations rewrite it."""
@@ -114,8 +124,18 @@ class Operation:
                 self._find(texts[0], state, report)
                 return
             found = [(pattern.literal, None)]
+        taken: set[str] = set()
         for name, match in found:
             names = (name, *(pattern.expand(template, match) for template in templates))
+            if twice := taken.intersection(names):
+                report.add(
+                    "TENSOR_TWICE",
+                    f"Expected {shorten_repr(min(twice))} in one group, got it again with {shorten_repr(name)} (make a "
+                    "copy for each group first: Add(..., initialiser=Copy(...), each=...)).",
+                    tensor=min(twice),
+                )
+                continue
+            taken.update(names)
             missing = [other for other in names if other not in state]
             for other in missing:
                 report.add(
@@ -175,6 +195,35 @@ def as_names(operation: Operation, field_name: str, *, least: int = 1) -> tuple[
     names = verify_names(getattr(operation, field_name), f"{type(operation).__name__}.{field_name}", least=least)
     object.__setattr__(operation, field_name, names)
     return names
+
+
+def verify_whole(operation: Operation, *field_names: str, may_lack: Sequence[str] = ()) -> None:
+    """Refuse an operation that is being constructed with something else than whole numbers in these fields.
+
+    Raises:
+        ArgumentError: naming them; those of `may_lack` may be None.
+    """
+    given = {name: getattr(operation, name) for name in (*field_names, *may_lack)}
+    wrong = {n: v for n, v in given.items() if type(v) is not int and not (v is None and n in may_lack)}
+    if wrong:
+        raise ArgumentError(
+            f"Expected whole numbers in {type(operation).__name__}, got {shorten_repr(wrong)}.",
+            remedy="give dimensions, places and sizes as int.",
+        )
+
+
+def verify_number(operation: Operation, field_name: str) -> None:
+    """Refuse an operation that is being constructed with something else than a number in this field.
+
+    Raises:
+        ArgumentError: it is not an int or float.
+    """
+    value = getattr(operation, field_name)
+    if not isinstance(value, int | float):
+        raise ArgumentError(
+            f"Expected a number as {field_name} of {type(operation).__name__}, got {shorten_repr(value)}.",
+            remedy="give an int or float.",
+        )
 
 
 def describe_nearest(text: str, state: Mapping[str, object]) -> str:

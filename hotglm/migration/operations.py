@@ -6,17 +6,17 @@ cannot know (the value of a tensor that was dropped) is what the caller said it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.migration.expression import Called, Expression, Filled, same
-from hotglm.migration.initialisers import Copy, Initialiser, Zeros
+from hotglm.migration.initialisers import Constant, Copy, Initialiser, Zeros
 from hotglm.migration.naming import NamePattern, NameTemplate, turn_round
 from hotglm.migration.operation import Operation, Report, State, as_names, replace_by_name, verify_names
 from hotglm.migration.origin import describe_function
-from hotglm.migration.tensor_spec import TensorSpec
+from hotglm.migration.tensor_spec import DTYPE_NBITS, TensorSpec, holds_value
 from hotglm.problem import describe_exception
 
 __all__ = ["Add", "Apply", "Drop", "Rename", "SpecRule", "Tie", "Untie"]
@@ -149,7 +149,18 @@ class Add(Operation):
                 remedy="use Zeros(), Ones(), Constant(value), Normal(std, seed) or Copy(name).",
             )
         if self.shape is not None:
-            object.__setattr__(self, "shape", tuple(self.shape))
+            object.__setattr__(self, "shape", _verify_shape(self.shape))
+        if self.dtype is not None and self.dtype not in DTYPE_NBITS:
+            raise ArgumentError(
+                f"Expected the name of a dtype, got {shorten_repr(self.dtype)}.",
+                remedy=f"use one of {', '.join(sorted(DTYPE_NBITS))}.",
+            )
+        value = self.initialiser.value if isinstance(self.initialiser, Constant) else 0
+        if self.dtype is not None and not holds_value(self.dtype, value):
+            raise ArgumentError(
+                f"Expected a value that {self.dtype} holds for {shorten_repr(self.name)}, got {value}.",
+                remedy="give another value or dtype.",
+            )
 
     @property
     def _each(self) -> NamePattern:
@@ -271,10 +282,15 @@ class Apply(Operation):
     down: Operation | None = None
 
     def __post_init__(self) -> None:
-        """Store reads and writes as pairs, which are hashable; refuse what is no function, name or spec."""
-        if not callable(self.function) or not isinstance(self.writes, Mapping) or not self.writes:
+        """Store reads and writes as dicts of its own; refuse what is no function, name or spec."""
+        if (
+            not callable(self.function)
+            or not isinstance(self.function, Hashable)
+            or not isinstance(self.writes, Mapping)
+            or not self.writes
+        ):
             raise ArgumentError(
-                f"Expected a function and what it writes, got {shorten_repr(self.function)} and "
+                f"Expected a hashable function and what it writes, got {shorten_repr(self.function)} and "
                 f"{shorten_repr(self.writes)}.",
                 remedy="give writes={name: TensorSpec(dtype=..., shape=...)}.",
             )
@@ -291,6 +307,10 @@ class Apply(Operation):
                 )
         object.__setattr__(self, "reads", dict(reads))
         object.__setattr__(self, "writes", dict(self.writes))
+
+    def __hash__(self) -> int:
+        """Hash the function and the names."""
+        return hash((self.function, tuple(self._reads.items()), tuple(self.writes), self.down, self.optional))
 
     @property
     def label(self) -> str:
@@ -345,6 +365,15 @@ class Apply(Operation):
     def __str__(self) -> str:
         """Format with the function's name in place of its address."""
         return f"Apply({self.label}, {shorten_repr(tuple(self._reads.values()))}, {shorten_repr(tuple(self.writes))})"
+
+
+def _verify_shape(shape: object) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else (-1,)
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ArgumentError(
+            f"Expected a shape, got {shorten_repr(shape)}.", remedy="give a tuple of sizes of 0 or more."
+        )
+    return sizes
 
 
 def _verify_templates(names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.migration.expression import Expression, join, narrow, select, stack
 from hotglm.migration.naming import NamePattern, NameTemplate, turn_round
-from hotglm.migration.operation import Operation, Report, State, as_names, find_dim, replace_by_name
+from hotglm.migration.operation import Operation, Report, State, as_names, find_dim, replace_by_name, verify_whole
 from hotglm.migration.tensor_spec import normalise_dim
 
 __all__ = ["Concatenate", "Split", "Stack", "Unstack"]
@@ -100,6 +100,7 @@ class Split(_Divide):
 
     def __post_init__(self) -> None:
         """Refuse sizes that are not one positive number for each part."""
+        verify_whole(self, "dim")
         pattern = NamePattern.parse(self.name)
         for name in as_names(self, "into"):
             NameTemplate.parse(name, pattern)
@@ -218,6 +219,7 @@ class Unstack(_Divide):
 
     def __post_init__(self) -> None:
         """Refuse names that are no templates of the pattern."""
+        verify_whole(self, "dim")
         pattern = NamePattern.parse(self.name)
         for name in as_names(self, "into"):
             NameTemplate.parse(name, pattern)
@@ -239,6 +241,7 @@ class Unstack(_Divide):
 
 
 def _verify_united(operation: _Unite) -> None:
+    verify_whole(operation, "dim")
     names = as_names(operation, "names")
     pattern = NamePattern.parse(names[0])
     for name in (*names[1:], operation.into):
@@ -249,7 +252,11 @@ def _store_sizes(operation: Split | Concatenate, num_parts: int) -> None:
     sizes = operation.sizes
     if sizes is None:
         return
-    if len(sizes) != num_parts or not all(type(size) is int and size > 0 for size in sizes):
+    if (
+        not isinstance(sizes, Sequence)
+        or len(sizes) != num_parts
+        or not all(type(size) is int and size > 0 for size in sizes)
+    ):
         raise ArgumentError(
             f"Expected {num_parts} positive sizes, got {shorten_repr(sizes)}.", remedy="give one size for each part."
         )

@@ -23,6 +23,7 @@ from hotglm.version import Version, VersionRange
 __all__ = ["Hop", "Step", "StepSource", "make_source"]
 
 _OLDEST = "0"
+_RELEASE = re.compile(r"v?(?P<epoch>[0-9]+!)?(?P<release>[0-9]+(?:\.[0-9]+)*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,16 +109,22 @@ def _find_bounds(text: str, range_: VersionRange, target: Version) -> tuple[Vers
             highs.append((Version(version), True))
         else:
             lows.append(Version(version.removesuffix(".*")))
-            prefix = version.removesuffix(".*") if operator == "==" else version.rpartition(".")[0]
-            highs.append((_after_prefix(prefix), False))
+            highs.append((_find_end(version, num_dropped=1 if operator == "~=" else 0), False))
     if not highs:
         raise _refuse(text, target, "its range has no end", f"write {text},<{target}".lstrip(","))
     return max(lows), min(highs), is_plain
 
 
-def _after_prefix(prefix: str) -> Version:
-    head, _, last = prefix.rpartition(".")
-    return Version(f"{head}.{int(last) + 1}" if head else str(int(last) + 1))
+def _find_end(text: str, *, num_dropped: int) -> Version:
+    """Return the first version above all that begin with the release of `text` without its last `num_dropped` numbers.
+
+    As PEP 440 says of `~=`, suffixes do not count: `~=1.4.post1` is `>=1.4.post1,==1.*`.
+    """
+    found = _RELEASE.match(text)
+    numbers = [int(number) for number in found["release"].split(".")] if found else [0]
+    numbers = numbers[: len(numbers) - num_dropped]
+    epoch = found["epoch"] or "" if found else ""
+    return Version(epoch + ".".join(map(str, (*numbers[:-1], numbers[-1] + 1))))
 
 
 def _refuse(source: str, target: Version, why: str, remedy: str = "") -> MigrationGraphError:

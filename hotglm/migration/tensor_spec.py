@@ -14,7 +14,7 @@ from types import MappingProxyType
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.header import DTYPES
 
-__all__ = ["COMPUTABLE_DTYPES", "DTYPE_NBITS", "TensorSpec", "is_integral", "is_widening", "normalise_dim"]
+__all__ = ["COMPUTABLE_DTYPES", "DTYPE_NBITS", "TensorSpec", "holds_value", "is_widening", "normalise_dim"]
 
 DTYPE_NBITS: Mapping[str, int] = MappingProxyType(
     {info.torch_name: info.nbits for info in DTYPES.values() if info.torch_name} | {"complex128": 128}
@@ -27,6 +27,13 @@ _INTEGERS = {
     **{f"int{n}": (-(2 ** (n - 1)), 2 ** (n - 1) - 1) for n in (8, 16, 32, 64)},
 }
 _SIGNIFICAND_NBITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
+_LARGEST = {
+    "float8_e4m3fn": 448.0,
+    "float8_e5m2": 57344.0,
+    "float16": 65504.0,
+    "bfloat16": 2.0**128 - 2.0**120,
+    "float32": 2.0**128 - 2.0**104,
+}
 COMPUTABLE_DTYPES = frozenset({*_SIGNIFICAND_NBITS, "complex64", "complex128"})
 """Dtypes in which torch multiplies on every device."""
 _FLOAT_WIDENINGS = {
@@ -50,6 +57,11 @@ class TensorSpec:
 
     dtype: str
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Store the shape as a tuple, whatever sequence it is given as."""
+        if type(self.shape) is not tuple:
+            object.__setattr__(self, "shape", tuple(self.shape))
 
     @property
     def numel(self) -> int:
@@ -76,9 +88,18 @@ class TensorSpec:
         return f"{self.dtype} {list(self.shape)}"
 
 
-def is_integral(dtype: str) -> bool:
-    """Tell whether `dtype` holds whole numbers or truth values."""
-    return dtype in _INTEGERS
+def holds_value(dtype: str, value: complex) -> bool:
+    """Tell whether `dtype` has something for `value`: that whole number, or one that is rounded but not infinite.
+
+    >>> holds_value("uint8", 300), holds_value("int64", 1.5), holds_value("float16", 0.1), holds_value("float16", 1e6)
+    (False, False, True, False)
+    """
+    if isinstance(value, complex):
+        return dtype.startswith("complex")
+    if dtype in _INTEGERS:
+        low, high = _INTEGERS[dtype]
+        return low <= value <= high and value == int(value)
+    return not math.isfinite(value) or abs(value) <= _LARGEST.get(dtype, math.inf)
 
 
 def is_widening(narrow: str, wide: str) -> bool:

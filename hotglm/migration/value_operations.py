@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.migration.expression import Expression, convert, is_power_of_two, narrow, pad, permute, reshape, scale
 from hotglm.migration.naming import NamePattern
-from hotglm.migration.operation import Operation, Report, State, find_dim
-from hotglm.migration.tensor_spec import COMPUTABLE_DTYPES, DTYPE_NBITS, is_integral, is_widening, normalise_dim
+from hotglm.migration.operation import Operation, Report, State, find_dim, verify_number, verify_whole
+from hotglm.migration.tensor_spec import COMPUTABLE_DTYPES, DTYPE_NBITS, holds_value, is_widening, normalise_dim
 
 __all__ = ["Cast", "Pad", "Permute", "Reshape", "Scale", "Slice", "Transpose"]
+
+
+_LEAST, _TOO_LARGE = 2.0**-149, 2.0**128
+"""Smallest factor that float32 has, and the first that it does not: it is what all smaller dtypes are computed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,9 @@ class Transpose(_Alter):
     dim1: int
 
     def __post_init__(self) -> None:
-        """Refuse what is no pattern."""
+        """Refuse what is no pattern or no dimension."""
         NamePattern.parse(self.name)
+        verify_whole(self, "dim0", "dim1")
 
     def _alter(self, tensor: Expression, name: str, report: Report) -> Expression | None:
         first, second = (find_dim(dim, tensor, name, report) for dim in (self.dim0, self.dim1))
@@ -72,9 +77,9 @@ class Permute(_Alter):
     def __post_init__(self) -> None:
         """Refuse what is no permutation."""
         NamePattern.parse(self.name)
-        rank = len(self.dims)
-        dims = [normalise_dim(dim, rank) for dim in self.dims]
-        if {*dims} != {*range(rank)}:
+        given = list(self.dims) if isinstance(self.dims, Sequence) else [None]
+        dims = [normalise_dim(dim, len(given)) if type(dim) is int else None for dim in given]
+        if {*dims} != {*range(len(given))}:
             raise ArgumentError(
                 f"Expected every dimension once, got {shorten_repr(self.dims)}.", remedy="give a permutation."
             )
@@ -111,13 +116,14 @@ class Reshape(_Alter):
         """Refuse what is no shape."""
         NamePattern.parse(self.name)
         for field_name, shape in (("shape", self.shape), ("was", self.was)):
-            if shape is None:
+            if shape is None and field_name == "was":
                 continue
-            if not all(type(size) is int and size >= -1 for size in shape) or list(shape).count(-1) > 1:
+            sizes = list(shape) if isinstance(shape, Sequence) else [None]
+            if not all(type(size) is int and size >= -1 for size in sizes) or sizes.count(-1) > 1:
                 raise ArgumentError(
                     f"Expected sizes of which at most one is -1, got {shorten_repr(shape)}.", remedy="give a shape."
                 )
-            object.__setattr__(self, field_name, tuple(shape))
+            object.__setattr__(self, field_name, tuple(sizes))
 
     def _alter(self, tensor: Expression, name: str, report: Report) -> Expression | None:
         spec = tensor.spec
@@ -170,8 +176,11 @@ class Slice(_Alter):
     restore: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no pattern."""
+        """Refuse what is no pattern or no number."""
         NamePattern.parse(self.name)
+        verify_whole(self, "dim", "start", may_lack=("stop", "was"))
+        if self.restore is not None:
+            verify_number(self, "restore")
 
     def _alter(self, tensor: Expression, name: str, report: Report) -> Expression | None:
         dim = find_dim(self.dim, tensor, name, report)
@@ -219,6 +228,8 @@ class Pad(_Alter):
     def __post_init__(self) -> None:
         """Refuse negative numbers of slices."""
         NamePattern.parse(self.name)
+        verify_whole(self, "dim")
+        verify_number(self, "value")
         if not (type(self.before) is type(self.after) is int and self.before >= 0 and self.after >= 0):
             raise ArgumentError(
                 f"Expected numbers of slices to add, got {shorten_repr((self.before, self.after))}.",
@@ -226,7 +237,7 @@ class Pad(_Alter):
             )
 
     def _alter(self, tensor: Expression, name: str, report: Report) -> Expression | None:
-        if is_integral(tensor.spec.dtype) and self.value != int(self.value):
+        if not holds_value(tensor.spec.dtype, self.value):
             report.add(
                 "DTYPE_DIFFERS",
                 f"Expected {shorten_repr(name)} to hold the value {self.value}, got {tensor.spec}.",
@@ -290,6 +301,7 @@ class Scale(_Alter):
     def __post_init__(self) -> None:
         """Refuse what is no factor."""
         NamePattern.parse(self.name)
+        verify_number(self, "factor")
         if not math.isfinite(self.factor) or self.factor == 0:
             raise ArgumentError(
                 f"Expected a finite factor other than 0, got {shorten_repr(self.factor)}.", remedy="give a number."
@@ -303,6 +315,13 @@ class Scale(_Alter):
                 tensor=name,
             )
             return None
+        if tensor.spec.dtype not in ("float64", "complex128") and not _LEAST <= abs(self.factor) < _TOO_LARGE:
+            report.add(
+                "DTYPE_DIFFERS",
+                f"Expected {shorten_repr(name)} in a dtype that is computed in with the factor {self.factor}, got "
+                f"{tensor.spec}, which would lose every value.",
+                tensor=name,
+            )
         return scale(tensor, self.factor)
 
     def _invert(self) -> Operation | str:
