@@ -336,3 +336,10 @@ def test_ranges_with_epochs_and_suffixes_are_read_as_they_are_defined(
     for version in outside:
         with pytest.raises(hotglm.NoPathError):
             migrations.plan(version, "1!9.0")
+
+
+def test_zeros_of_either_sign_stay_what_they_are() -> None:
+    """Padding with zeros of one sign after such of the other is not taken for more of the same."""
+    tensors = {"a": torch.ones(1)}
+    migrations = make(hotglm.Pad("a", 0, after=1, value=0.0), hotglm.Pad("a", 0, after=1, value=-0.0))
+    assert bits(run(plan(migrations, tensors).outputs, tensors)["a"]) == bits(torch.tensor([1.0, 0.0, -0.0]))

@@ -294,7 +294,7 @@ def pad(operand: Expression, dim: int, before: int, after: int, value: float) ->
     """Return it with `before` and `after` further slices of `value` along `dim`."""
     if before == after == 0:
         return operand
-    if isinstance(operand, Padded) and operand.dim == dim and operand.value == value:
+    if isinstance(operand, Padded) and operand.dim == dim and repr(operand.value) == repr(value):  # 0.0 == -0.0
         return pad(operand.operand, dim, operand.before + before, operand.after + after, value)
     size = operand.spec.shape[dim] + before + after
     return Padded(operand, dim, before, after, value, _resized(operand.spec, dim, size))

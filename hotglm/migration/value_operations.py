@@ -118,7 +118,7 @@ class Reshape(_Alter):
         for field_name, shape in (("shape", self.shape), ("was", self.was)):
             if shape is None and field_name == "was":
                 continue
-            sizes = list(shape) if isinstance(shape, Sequence) else [None]
+            sizes: list[object] = list(shape) if isinstance(shape, Sequence) else [None]
             if not all(type(size) is int and size >= -1 for size in sizes) or sizes.count(-1) > 1:
                 raise ArgumentError(
                     f"Expected sizes of which at most one is -1, got {shorten_repr(shape)}.", remedy="give a shape."
