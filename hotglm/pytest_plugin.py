@@ -64,8 +64,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the marker, and in the process that reports, gather results."""
     config.addinivalue_line("markers", _MARKER)
     if not hasattr(config, "workerinput"):  # what pytest-xdist gives its workers
-        directory = config.getoption("--hotglm-matrix")
-        config.pluginmanager.register(_Reporter(directory and Path(directory)), "hotglm-matrix-reporter")
+        directory = config.getoption("--hotglm-matrix", default=None)  # no such option where a conftest came too late
+        config.pluginmanager.register(_Reporter(_make_directory(directory)), "hotglm-matrix-reporter")
+
+
+def _make_directory(text: str | None) -> Path | None:
+    if text is None:
+        return None
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pytest.UsageError(f"--hotglm-matrix: expected a directory that can be made, got {error}") from error
+    return Path(text)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -75,21 +85,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if marker is not None:
             pytest.fail(f"{metafunc.definition.nodeid}: hotglm_matrix needs the fixture hotglm_cell", pytrace=False)
         return
-    try:
-        cells = _plan(metafunc.definition.nodeid, marker)
-    except ArgumentError as error:
-        pytest.fail(f"{metafunc.definition.nodeid}: {error}", pytrace=False)
+    cells, mistake = _plan(metafunc.definition.nodeid, marker)
+    if mistake:
+        pytest.fail(f"{metafunc.definition.nodeid}: {mistake}", pytrace=False)
     metafunc.parametrize("hotglm_plan", [pytest.param(cell, id=cell.id) for cell in cells], indirect=True)
 
 
-def _plan(nodeid: str, marker: pytest.Mark | None) -> tuple[Cell, ...]:
+def _plan(nodeid: str, marker: pytest.Mark | None) -> tuple[tuple[Cell, ...], str]:
+    """Return the cells that a marker asks for, or what is wrong with it."""
     if marker is None or marker.args or not {"model", "running"} <= set(marker.kwargs) <= set(_SETTINGS):
         given = "no marker" if marker is None else ", ".join([*map(repr, marker.args), *marker.kwargs])
-        raise ArgumentError(
-            f"Expected @pytest.mark.hotglm_matrix with model and running, and no more than {_SETTINGS}, got {given}.",
-            remedy="name each of them: hotglm_matrix(model='ranker', running=['1.0', '2.0']).",
+        return (), (
+            f"Expected @pytest.mark.hotglm_matrix with model and running, and no more than {_SETTINGS}, got {given}. "
+            "Remedy: name each of them: hotglm_matrix(model='ranker', running=['1.0', '2.0'])."
         )
-    return plan_cells(matrix=nodeid, **marker.kwargs)
+    try:
+        return plan_cells(matrix=nodeid, **marker.kwargs), ""
+    except ArgumentError as error:
+        return (), str(error)
 
 
 # -- fixtures ----------------------------------------------------------------------------------------------------------
@@ -185,20 +198,19 @@ class _Reporter:
         self._write("matrix.md", "\n".join(show_markdown(matrices)) + "\n")
         self._write("matrix.html", make_page(matrices, made_on=_of_text(document["made_on"])))
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+    def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
         matrices = gather(self._results.values())
         if not matrices:
             return
         terminalreporter.section("hotglm compatibility")
         for matrix in matrices:
-            for line in show_text(matrix):
+            for line in show_text(matrix, with_paths=config.get_verbosity() >= 0):
                 terminalreporter.write_line(line)
         if self._directory is not None:
             terminalreporter.write_line(f"written to {self._directory}: matrix.json, matrix.md, matrix.html")
 
     def _write(self, name: str, text: str) -> None:
         if self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
             (self._directory / name).write_text(text, encoding="utf-8")
 
 

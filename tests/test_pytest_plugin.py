@@ -19,6 +19,7 @@ import torch
 
 from hotglm.testing import make_golden
 from hotglm.testing.cells import CellResult, Outcome
+from test_docs_examples import find_blocks
 
 pytest_plugins = ["pytester"]
 
@@ -136,18 +137,6 @@ def test_no_fault_is_left():
 def test_fault_that_never_came(hotglm_faults):
     hotglm_faults.inject("read", 3)
 
-def declare(version):
-    class Linear(nn.Module):
-        __qualname__ = f"Linear{version}"
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(2, 2)
-        def forward(self, x):
-            return self.inner(x)
-    return hotglm.versioned("golden-linear", version, capabilities=["fp16"])(Linear)
-
-LINEAR = {version: declare(version) for version in ("1.0.0", "1.1.0")}
-
 class TestGoldens:
     @pytest.fixture
     def hotglm_model(self, hotglm_goldens, hotglm_plan):
@@ -159,6 +148,24 @@ class TestGoldens:
     )
     def test_pairs(self, hotglm_cell):
         hotglm_cell.verify()
+"""
+
+
+CONFTEST = """
+import hotglm
+from torch import nn
+
+def declare(version):
+    class Linear(nn.Module):
+        __qualname__ = f"Linear{version}"
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+        def forward(self, x):
+            return self.inner(x)
+    return hotglm.versioned("golden-linear", version, capabilities=["fp16"])(Linear)
+
+LINEAR = {version: declare(version) for version in ("1.0.0", "1.1.0")}
 """
 
 
@@ -234,6 +241,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("test_matrix", MATRIX),
         ("test_unexpected", UNEXPECTED),
         ("test_fixtures", FIXTURES),
+        ("test_docs", "\n".join(code for _, code in find_blocks((ROOT / "docs" / "testing.md").read_text()))),
+        ("conftest", CONFTEST),
     ):
         (directory / f"{name}.py").write_text(text)
     for version in ("1.0.0", "1.1.0"):
@@ -270,7 +279,7 @@ def test_a_matrix_is_written(run: Run) -> None:
     """Matrices are written as JSON, Markdown, JUnit properties and one HTML page, which fetches and runs nothing."""
     markdown = (run.directory / "out" / "matrix.md").read_text()
     assert "| **1.0.2** | refused | refused |" in markdown
-    assert "\\<linear\\>" in markdown
+    assert "&lt;linear&gt;" in markdown
     page = (run.directory / "out" / "matrix.html").read_text()
     assert "&lt;linear&gt;" in page
     assert not re.search(r"<linear>|<script|https?://|url\(|@import|src=", page)
@@ -313,6 +322,13 @@ def test_fixtures_for_faults_and_goldens(run: Run) -> None:
     assert run.count("test_fixtures") == {"passed": 2 + 8, "error": 1}
     assert "Expected every planned fault to come, got none of: read 3" in run.output
     assert {result.outcome for result in run.find("test_pairs")} == {Outcome.WORKS}
+
+
+def test_the_examples_of_the_page_pass(run: Run) -> None:
+    """docs/testing.md is a test file, and the matrix that it shows is the one that comes out."""
+    assert run.count("test_docs") == {"passed": 16 + 5}
+    (shown,) = re.findall(r"```text\n.*?\n(.*?)```", (ROOT / "docs" / "testing.md").read_text(), re.DOTALL)
+    assert shown in run.output
 
 
 # -- where it is only loaded -------------------------------------------------------------------------------------------

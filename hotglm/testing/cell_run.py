@@ -215,8 +215,8 @@ class CellRun:
             slot.compile(backend=self._backend)
 
     def _require_capability(self, staged: Staged) -> None:
-        capability = self.cell.axis("capability")
-        if capability and capability not in staged.contract.capabilities:
+        capability = self.cell.axis("capability", "any")
+        if capability != "any" and capability not in staged.contract.capabilities:
             problem = Problem(
                 code="CAPABILITY_LOST", message=f"Expected capability {capability!r}, got none of that name"
             )

@@ -11,6 +11,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ SCHEMA = "hotglm.matrix/1"
 """Of the JSON document; changes when the meaning of a field does."""
 
 Axes = tuple[tuple[str, str], ...]
+
+_NOT_PRINTABLE = re.compile(r"[^\x20-\x7e]")
+_MARKDOWN = {"<": "&lt;", ">": "&gt;", "&": "&amp;", **{character: f"\\{character}" for character in "\\`*_[]|#"}}
 
 _MARKS = {
     Outcome.FAILED: "FAILED",
@@ -186,8 +190,12 @@ def _find_version(package: str) -> str | None:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def show_text(matrix: Matrix) -> Iterator[str]:
-    """Yield the lines of a matrix for a terminal, in plain ASCII."""
+def show_text(matrix: Matrix, *, with_paths: bool = True) -> Iterator[str]:
+    """Yield the lines of a matrix for a terminal, in plain ASCII; at the end the paths of migrations, if asked for."""
+    return map(_make_printable, _show_lines(matrix, with_paths=with_paths))
+
+
+def _show_lines(matrix: Matrix, *, with_paths: bool) -> Iterator[str]:
     yield f"{matrix.model} ({matrix.name}): {matrix.headline}"
     for grid in matrix.find_grids():
         if grid.title:
@@ -200,7 +208,7 @@ def show_text(matrix: Matrix) -> Iterator[str]:
         for result in grid.results:
             if result.outcome not in (Outcome.WORKS, Outcome.SKIPPED):
                 yield f"  {describe_refusal(result)}"
-    if matrix.paths:
+    if matrix.paths and with_paths:
         yield "  migrations"
         yield from (f"    {' -> '.join(path)}" for path in matrix.paths)
 
@@ -225,7 +233,7 @@ def show_markdown(matrices: Sequence[Matrix]) -> Iterator[str]:
     """Yield the lines of all matrices as Markdown."""
     yield "# Compatibility"
     for matrix in matrices:
-        yield from ("", f"## {_escape(matrix.model)}", "", f"`{matrix.name}`. {matrix.headline}.")
+        yield from ("", f"## {_escape(matrix.model)}", "", f"{_escape(matrix.name)}: {matrix.headline}.")
         for grid in matrix.find_grids():
             yield ""
             if grid.title:
@@ -247,4 +255,9 @@ def _mark(result: CellResult | None) -> str:
 
 
 def _escape(text: str) -> str:
-    return "".join(f"\\{character}" if character in "\\`*_[]<>|#" else character for character in text)
+    return "".join(_MARKDOWN.get(character, character) for character in _make_printable(text))
+
+
+def _make_printable(text: str) -> str:
+    """Return `text` with everything but printable ASCII escaped."""
+    return _NOT_PRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -22,6 +22,7 @@ from hotglm.model.recording import call_with
 from hotglm.problem import describe_exception
 from hotglm.slot.checks import Golden, GradMode, Inputs, find_differences
 from hotglm.testing.waiting import wait_until
+from hotglm.weights.workers import yield_gil
 
 __all__ = ["Tolerance", "Traffic", "describe_differences"]
 
@@ -190,6 +191,7 @@ class Traffic:
                     allowed = self._answers[first:]
                     differences = [self._compare(answer, found) for answer in allowed]
                     self._passes[index] += 1
+                    yield_gil()  # or every step of the update would wait a switch interval for each thread
                     if all(differences):
                         self._fail("; or ".join(texts[0] for texts in differences))
                         return
