@@ -75,12 +75,13 @@ def test_a_way_back_that_loses_something_is_caught() -> None:
 
 
 def test_a_fault_in_each_step_and_unit_of_a_migration_changes_nothing() -> None:
-    """A migrated update that fails at any step, at any group of tensors or at any call leaves the slot as it was."""
-    slot = family.make_slot("3.0")
-    x = family.make_input()
+    """A migrated update that fails at any step or at any group of tensors leaves the slot as it was."""
+    slot, state = family.make_slot("3.0"), family.make_checkpoint("1.0", seed=1)
     counts = testing.assert_faults_change_nothing(
-        slot, lambda: slot.update(family.make_checkpoint("1.0", seed=1), version="1.0"), inputs=x
+        slot,
+        lambda: slot.update(state, version="1.0"),
+        inputs=family.make_input(),
+        kinds=["migration_step", "migration_unit"],
     )
     assert counts["migration_step"] >= 4  # steps of every path that is planned, and there may be several
     assert counts["migration_unit"] >= 1
-    assert {"stage.decide", "stage.load", "stage.check"} <= set(counts)
