@@ -27,6 +27,7 @@ from hotglm.errors import ArgumentError, CallableCheckError, GoldenMismatchError
 from hotglm.model.recording import call_with
 from hotglm.output_spec import OutputSpec
 from hotglm.problem import describe_exception
+from hotglm.weights.digest import tensor_bytes
 
 __all__ = ["Golden", "GradMode", "Inputs", "StagePolicy", "find_differences", "promise_outputs", "run_checks"]
 
@@ -305,6 +306,8 @@ def _describe_difference(expected: torch.Tensor, found: object, golden: Golden) 
         return (
             f"expected {expected.dtype} of shape {list(expected.shape)}, got {found.dtype} of shape {list(found.shape)}"
         )
+    if _same_bits(expected, found):  # what is compared is mostly equal, and the words below cost a millisecond
+        return None
     try:
         torch.testing.assert_close(
             found.detach(), expected, rtol=golden.rtol, atol=golden.atol, equal_nan=True, check_stride=False
@@ -315,6 +318,11 @@ def _describe_difference(expected: torch.Tensor, found: object, golden: Golden) 
     if golden.rtol == golden.atol == 0 and _signs_differ(expected, found):
         return "expected equal bits, got a zero of the other sign"
     return None
+
+
+def _same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    plain = expected.device == found.device and expected.layout is found.layout is torch.strided
+    return plain and torch.equal(tensor_bytes(expected), tensor_bytes(found))
 
 
 def _signs_differ(expected: torch.Tensor, found: torch.Tensor) -> bool:
