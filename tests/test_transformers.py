@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.core_model_loading import ConversionOps  # noqa: E402 - needs transformers
 
 from hotglm.integrations.transformers import plan_conversion  # noqa: E402 - needs transformers
+from hotglm.integrations.transformers_config import verify_computes_the_same  # noqa: E402
 from hotglm.migration.operations import Rename  # noqa: E402
 from hotglm.migration.tensor_spec import TensorSpec  # noqa: E402
 from hotglm.weights.lowering import find_byte_runs  # noqa: E402
@@ -104,7 +105,8 @@ def test_a_mapping_in_the_names_of_the_hub_is_converted_too(tmp_path: Path) -> N
     """Tensors that a trainer sends under the checkpoint's names swap as the directory does."""
     slot = hold(make("GLM MoE", 1))
     b = make("GLM MoE", 2)
-    slot.update(read_checkpoint(save(b, tmp_path)), version="1.0.1")
+    receipt = slot.update(read_checkpoint(save(b, tmp_path)))  # and without a version, which takes a label then
+    assert receipt.new_version.local
     expect(slot, b)
     slot.update(make("GLM MoE", 1).state_dict(), version="1.0.2")
     expect(slot, make("GLM MoE", 1))
@@ -264,6 +266,18 @@ def test_fields_that_no_pass_depends_on_may_differ(tmp_path: Path) -> None:
     slot = hold(make("GLM MoE", 1))
     slot.update(path, version="1.0.1")
     expect(slot, make("GLM MoE", 2))
+
+
+def test_numbers_that_json_does_not_know_are_compared_as_numbers(tmp_path: Path) -> None:
+    """Infinity and NaN, which transformers writes in its own way, are equal to themselves and to nothing else."""
+    path = edit(save(make("GLM MoE", 2), tmp_path), routed_scaling_factor={"__float__": "Infinity"})
+    model = make("GLM MoE", 1)
+    slot = hold(model)
+    assert "inf" in str(refuse(slot, path, IncompatibleError, version="1.0.1"))
+    for number in ("Infinity", "NaN"):
+        edit(path, routed_scaling_factor={"__float__": number})
+        model.config.routed_scaling_factor = float(number)
+        verify_computes_the_same(json.loads((path / "config.json").read_text()), model, label="there")
 
 
 def test_another_width_gets_the_ordinary_verdict(tmp_path: Path) -> None:
