@@ -19,7 +19,7 @@ from support.swaps import same_bits, same_state
 
 transformers = pytest.importorskip("transformers")
 
-from transformers.core_model_loading import ConversionOps  # noqa: E402 - needs transformers
+from transformers.core_model_loading import ConversionOps, WeightRenaming  # noqa: E402 - needs transformers
 
 from hotglm.integrations.transformers import plan_conversion  # noqa: E402 - needs transformers
 from hotglm.integrations.transformers_config import verify_computes_the_same  # noqa: E402
@@ -106,6 +106,7 @@ def test_a_mapping_in_the_names_of_the_hub_is_converted_too(tmp_path: Path) -> N
     slot = hold(make("GLM MoE", 1))
     b = make("GLM MoE", 2)
     receipt = slot.update(read_checkpoint(save(b, tmp_path)))  # and without a version, which takes a label then
+    assert receipt.new_version is not None
     assert receipt.new_version.local
     expect(slot, b)
     slot.update(make("GLM MoE", 1).state_dict(), version="1.0.2")
@@ -352,6 +353,45 @@ def test_a_converter_that_computes_is_run_on_what_it_needs(tmp_path: Path) -> No
         slot.update(path, version="1.0.1")
         expect(slot, OwnLlama.from_pretrained(path).eval())
     expect(slot, make_own(2))
+
+
+class _Parts(ConversionOps):  # type: ignore[misc]
+    """Computes several tensors of one."""
+
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, torch.Tensor]:
+        (tensors,) = input_dict.values()
+        first, second = tensors[0].chunk(2)
+        return dict(zip(target_patterns, (first * 2, second * 4), strict=True))
+
+
+def test_a_converter_that_computes_several_tensors_fills_each_with_its_own(tmp_path: Path) -> None:
+    """Of what one converter makes, every tensor goes to its place."""
+    fused = transformers.WeightConverter(
+        source_patterns="mlp.both.weight",
+        target_patterns=["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+        operations=[_Parts()],
+    )
+    path = save(make_own(2), tmp_path)
+    tensors = read_checkpoint(path)
+    for name in [name for name in tensors if "gate_proj" in name]:
+        gate, up = tensors.pop(name) / 2, tensors.pop(name.replace("gate", "up")) / 4
+        tensors[name.replace("gate_proj", "both")] = torch.cat([gate, up])
+    slot = hold(make_own(1))
+    with registered("OwnLlama", [fused]):
+        slot.update(write_checkpoint(path, tensors), version="1.0.1")
+    expect(slot, make_own(2))
+
+
+def test_a_name_of_the_model_is_not_renamed_away(tmp_path: Path) -> None:
+    """A rename to what is ignored does not apply to a name that the model has, as in `from_pretrained`."""
+    entries = [WeightRenaming("^lm_head.weight", "rotary_emb.inv_freq"), WeightRenaming("^trunk", "model")]
+    path = save(make_own(2), tmp_path)
+    tensors = {re.sub("^model", "trunk", name): tensor for name, tensor in read_checkpoint(path).items()}
+    assert "lm_head.weight" in tensors
+    slot = hold(make_own(1))
+    with registered("OwnLlama", entries):
+        slot.update(write_checkpoint(path, tensors), version="1.0.1")
+        expect(slot, OwnLlama.from_pretrained(path).eval())
 
 
 def test_a_converter_that_needs_values_is_refused_by_name_and_has_a_way_out(tmp_path: Path) -> None:

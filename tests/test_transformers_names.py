@@ -160,6 +160,7 @@ def test_entries_with_a_scope_and_several_sources_are_the_same_here() -> None:
     anchored = WeightRenaming("^norm", "layer_norm")
     anchored.scope_prefix, anchored.base_model_prefix = "", "model"
     several = WeightRenaming([r"^model\.trunk\.model", r"^trunk\.model\.model"], "model.trunk")
+    nested = WeightRenaming(["x.scale", "x.scale.absmax", "x_"], "y")
     names = ("model.tower.a.gamma", "tower.a.gamma", "a.gamma", "other.tower.a.gamma", "norm.w", "model.norm.w")
     more = (
         "model.model.norm.w",
@@ -167,9 +168,13 @@ def test_entries_with_a_scope_and_several_sources_are_the_same_here() -> None:
         "model.trunk.model.x",
         "trunk.model.model.x",
         "trunk.model.x",
+        "x.scale",
+        "x.scale.absmax",
+        "x.scales",
+        "a.x_b",
         "model.trunk.modelx",
     )
-    for entry in (scoped, anchored, several):
+    for entry in (scoped, anchored, several, nested):
         operations = from_transformers([entry])
         found = {name: rename_there([entry], name) for name in (*names, *more)}
         assert {name: rename_here(operations, name) for name in found} == found

@@ -43,6 +43,7 @@ __all__ = ["from_transformers", "to_transformers"]
 
 _END = "(?!.)"
 _WORD_END = r"(|\W.*)"
+_ENDS_IN_WORD = re.compile(r"[a-zA-Z0-9]$")
 _PLAIN = re.compile(r"[\w.\-/:]*")
 _STATEFUL = ("GroupWeightRename", "Inkling2IndexOffsetWeightRename")
 
@@ -152,9 +153,13 @@ def _as_rename(entry: Any) -> Rename:
         is_plain = _PLAIN.fullmatch(pattern.replace(r"\.", ".")) is not None
         return Rename(pattern.replace(r"\.", ".") if is_plain else pattern, _as_template(target, 0), optional=True)
     bodies = [source.removeprefix("^").replace("*.", r".*\.") for source in sources]
-    body = bodies[0] if len(bodies) == 1 else f"(?:{'|'.join(bodies)})"
+    if len(bodies) == 1:
+        body = bodies[0]
+        tail = _WORD_END if _ENDS_IN_WORD.search(body) else "" if body.endswith((_END, "(.+)")) else "(.*)"
+    else:
+        body = "|".join(rf"{body}(?!\w)" if _ENDS_IN_WORD.search(body) else body for body in bodies)
+        body, tail = f"(?:{body})", "(.*)"
     num_groups = len(re.findall(r"(?<!\\)\((?!\?)", head + body))
-    tail = _WORD_END if re.search(r"[a-zA-Z0-9]$", sources[-1]) else "" if body.endswith((_END, "(.+)")) else "(.*)"
     replacement = ("\\1" if head else "") + _as_template(target, 1 if head else 0)
     if tail:
         replacement += f"\\g<{num_groups + 1}>"

@@ -7,7 +7,7 @@ Rules this module keeps:
 - The integration that knows the library is named here as text, and imported when a source is staged for such a module:
   the one way in which a lower layer reaches a higher one (`docs/adr/0008-conversions.md`). Without its extra, what fits
   by name is used as it is, and the rest is refused with the name of the extra.
-- What a migration made of a source is converted after it; a module brings its own names.
+- What a migration made of a source is converted after it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def convert_offer(offer: Offer, *, module: nn.Module, contract: Contract) -> Off
         HotglmError: what the integration refuses.
     """
     library = _find_library(module)
-    if library is None or offer.module is not None:
+    if library is None:
         return offer
     try:
         integration = cast(Integration, importlib.import_module(library.integration))
