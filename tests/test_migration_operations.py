@@ -340,6 +340,11 @@ BAD: list[Callable[[], object]] = [
     lambda: hotglm.Normal(-1.0),
     lambda: hotglm.Drop("a", hotglm.Rename("a", "b")),  # type: ignore[arg-type]
     lambda: hotglm.Apply(dict, ["a"], {}),
+    lambda: hotglm.Apply(dict, ["a"], {"b": spec()}, down=dict),  # type: ignore[arg-type]
+    lambda: hotglm.Add("a", (1,), "half", hotglm.Zeros()),
+    lambda: hotglm.Add("a", (1,), "uint8", hotglm.Constant(256)),
+    lambda: hotglm.Add("a", (1,), "int64", hotglm.Constant(0.5)),
+    lambda: hotglm.Add("a", (1,), "int64", hotglm.Normal(1.0)),
     lambda: hotglm.Apply(dict, ["a"], {"b": (1, 2)}),  # type: ignore[dict-item]
     lambda: hotglm.Apply(3, ["a"], {"b": spec()}),  # type: ignore[arg-type]
 ]

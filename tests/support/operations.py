@@ -35,7 +35,7 @@ def specs(draw: st.DrawFn) -> dict[str, TensorSpec]:
     one = st.builds(
         lambda dtype, shape: TensorSpec(dtype=dtype, shape=tuple(shape)),
         st.sampled_from(DTYPES),
-        st.lists(st.sampled_from([1, 2, 3, 4, 6]), max_size=3),
+        st.lists(st.sampled_from([0, 1, 2, 3, 4, 6]), max_size=3),
     )
     parts = draw(st.dictionaries(st.sampled_from(_PARTS), one, min_size=1))
     state = {f"layers.{layer}.{part}": spec for layer in _LAYERS for part, spec in parts.items()}
@@ -71,7 +71,7 @@ def draw_operation(draw: st.DrawFn, state: Mapping[str, TensorSpec]) -> Operatio
     rank = len(spec.shape)
     kinds = ["rename", "reshape", "untie", "add"]
     if rank:
-        kinds += ["split", "unstack", "pad", "permute", "transpose"]
+        kinds += ["split", "pad", "permute", "transpose", *(["unstack"] if all(spec.shape) else [])]
     if spec.dtype in _WIDER:
         kinds.append("cast")
     if spec.dtype.startswith(("float", "bfloat")):
