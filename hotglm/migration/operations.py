@@ -12,7 +12,7 @@ from typing import Any
 
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.migration.expression import Called, Expression, Filled, same
-from hotglm.migration.initialisers import Constant, Copy, Initialiser, Zeros
+from hotglm.migration.initialisers import Constant, Copy, Initialiser, Normal, Zeros
 from hotglm.migration.naming import NamePattern, NameTemplate, turn_round
 from hotglm.migration.operation import Operation, Report, State, as_names, replace_by_name, verify_names
 from hotglm.migration.origin import describe_function
@@ -156,10 +156,11 @@ class Add(Operation):
                 remedy=f"use one of {', '.join(sorted(DTYPE_NBITS))}.",
             )
         value = self.initialiser.value if isinstance(self.initialiser, Constant) else 0
-        if self.dtype is not None and not holds_value(self.dtype, value):
+        drawn = isinstance(self.initialiser, Normal) and self.dtype is not None and not holds_value(self.dtype, 0.5)
+        if self.dtype is not None and (drawn or not holds_value(self.dtype, value)):
             raise ArgumentError(
-                f"Expected a value that {self.dtype} holds for {shorten_repr(self.name)}, got {value}.",
-                remedy="give another value or dtype.",
+                f"Expected values that {self.dtype} holds for {shorten_repr(self.name)}, got {self.initialiser}.",
+                remedy="give another initialiser or dtype.",
             )
 
     @property
@@ -293,6 +294,11 @@ class Apply(Operation):
                 f"Expected a hashable function and what it writes, got {shorten_repr(self.function)} and "
                 f"{shorten_repr(self.writes)}.",
                 remedy="give writes={name: TensorSpec(dtype=..., shape=...)}.",
+            )
+        if self.down is not None and not isinstance(self.down, Operation):
+            raise ArgumentError(
+                f"Expected the way back of an Apply as an operation, got {shorten_repr(self.down)}.",
+                remedy="give down=Apply(function, reads, writes).",
             )
         reads = self.reads if isinstance(self.reads, Mapping) else {name: name for name in self.reads}
         _verify_templates(verify_names(tuple(reads.values()), "Apply.reads"))
