@@ -80,12 +80,13 @@ if TYPE_CHECKING:
     from hotglm.model.registry import migrations_of, versioned
     from hotglm.model.save import save_weights
     from hotglm.output_spec import OutputSpec
+    from hotglm.progress import Progress
     from hotglm.slot.admission import HistoryEntry
     from hotglm.slot.checks import Golden, StagePolicy
     from hotglm.slot.generation import Generation, State
     from hotglm.slot.holders import Holder, Session
     from hotglm.slot.memory import MemoryPolicy
-    from hotglm.slot.receipt import Progress, Receipt
+    from hotglm.slot.receipt import Receipt
     from hotglm.slot.slot import ModuleSlot
     from hotglm.slot.staged import Staged
     from hotglm.slot.status import Status
@@ -261,7 +262,7 @@ _EXPORTS: dict[str, str] = {
     "Pad": "hotglm.migration.value_operations",
     "Permute": "hotglm.migration.value_operations",
     "Problem": "hotglm.errors",
-    "Progress": "hotglm.slot.receipt",
+    "Progress": "hotglm.progress",
     "Receipt": "hotglm.slot.receipt",
     "ReentrantError": "hotglm.errors",
     "RefreshError": "hotglm.errors",

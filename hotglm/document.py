@@ -314,7 +314,9 @@ def verify_utf8(text: bytes, *, report: Report) -> None:
         report.stop(code, f"Expected UTF-8, got byte {text[error.start]:#04x} ({error.reason}).", at=error.start)
 
 
-def parse_json(text: bytes, *, report: Report, at: int = 0, constants: bool = False) -> object:
+def parse_json(
+    text: bytes, *, report: Report, at: int = 0, constants: bool = False, max_brackets: int = _MAX_BRACKETS
+) -> object:
     """Return the value that a small JSON text holds, nesting and number of brackets capped before anything is built.
 
     Args:
@@ -322,8 +324,9 @@ def parse_json(text: bytes, *, report: Report, at: int = 0, constants: bool = Fa
         report: takes the refusal: broken JSON, too deep, or a duplicate key in one object.
         at: position of `text` in the document of `report`.
         constants: whether `NaN` and `Infinity` may stand for numbers, as Hugging Face configs have them.
+        max_brackets: how many brackets it may have; each becomes an object of its own.
     """
-    _scan_brackets(text, report=report, at=at)
+    _scan_brackets(text, report=report, at=at, max_brackets=max_brackets)
     hooks: dict[str, Callable[[str], object]] = {} if constants else {"parse_constant": _refuse_constant}
     try:
         # Decoded here: given bytes, `json` would guess at UTF-16 and UTF-32.
@@ -356,7 +359,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _scan_brackets(text: bytes, *, report: Report, start: int = 0, stop: int | None = None, at: int = 0) -> int | None:
+def _scan_brackets(
+    text: bytes,
+    *,
+    report: Report,
+    start: int = 0,
+    stop: int | None = None,
+    at: int = 0,
+    max_brackets: int = _MAX_BRACKETS,
+) -> int | None:
     """Refuse nesting beyond the caps in `text[start:stop]`.
 
     Returns:
@@ -368,8 +379,8 @@ def _scan_brackets(text: bytes, *, report: Report, start: int = 0, stop: int | N
             continue
         num += 1
         depth += 1 if match.lastindex == 1 else -1
-        if depth > _MAX_DEPTH or num > _MAX_BRACKETS:
-            message = f"Expected at most {_MAX_DEPTH} levels and {_MAX_BRACKETS} brackets in a value, got more."
+        if depth > _MAX_DEPTH or num > max_brackets:
+            message = f"Expected at most {_MAX_DEPTH} levels and {max_brackets} brackets in a value, got more."
             report.stop(f"{report.prefix}_TOO_DEEP", message, at=at + match.start())
         if depth <= 0 and stop is not None:
             return match.end()

@@ -13,6 +13,7 @@ The tree (`tests/test_errors.py` holds it equal to the classes):
     ├── SourceError                 the bytes that were offered
     │   ├── DigestMismatchError     the bytes are not the ones that were promised
     │   ├── HeaderError             a safetensors header that breaks the format or our caps
+    │   ├── ReleaseError            a release whose manifest breaks the format, or that is not what its manifest says
     │   ├── ShardIndexError         a shard index that does not fit its shards
     │   ├── SourceChangedError      the source changed while it was being read
     │   ├── SourceReadError         the operating system refused to open or read it
@@ -43,6 +44,10 @@ The tree (`tests/test_errors.py` holds it equal to the classes):
     │   ├── NoRollbackError         no earlier generation is held
     │   ├── SlotClosedError         the slot was closed
     │   └── SupersededError         a newer stage took this one's place
+    ├── StoreError                  a store of releases cannot do that
+    │   ├── StoreBusyError          another process held the store's lock for too long
+    │   ├── StoreConflictError      another came first: a version that is taken, a label that was moved
+    │   └── StoreWriteError         the operating system refused to write; the store is as it was
     ├── StageFailedError            something unforeseen, raised by the model's own code or by torch, ended a stage
     ├── StageTimeoutError           a stage took longer than its policy allows
     ├── DrainTimeoutError           passes or holders of an old generation outlived the wait
@@ -86,6 +91,7 @@ __all__ = [
     "Problem",
     "ReentrantError",
     "RefreshError",
+    "ReleaseError",
     "ShardIndexError",
     "SlotClosedError",
     "SlotStateError",
@@ -95,6 +101,10 @@ __all__ = [
     "StageFailedError",
     "StageTimeoutError",
     "StaleStateError",
+    "StoreBusyError",
+    "StoreConflictError",
+    "StoreError",
+    "StoreWriteError",
     "SupersededError",
     "TensorValueError",
     "ThreadStartError",
@@ -134,6 +144,12 @@ class HeaderError(SourceError):
     """A safetensors header breaks the format or our caps."""
 
     code = "BAD_HEADER"
+
+
+class ReleaseError(SourceError):
+    """A release whose manifest breaks the format, or a directory that is not what its manifest says."""
+
+    code = "BAD_RELEASE"
 
 
 class ShardIndexError(SourceError):
@@ -326,6 +342,30 @@ class SupersededError(SlotStateError):
     """A newer stage took the place of this one before it was committed."""
 
     code = "SUPERSEDED"
+
+
+class StoreError(HotglmError):
+    """A store of releases cannot do that; it is as it was."""
+
+    code = "STORE"
+
+
+class StoreBusyError(StoreError, TimeoutError):
+    """Another process held the store's lock for longer than the caller was ready to wait."""
+
+    code = "STORE_BUSY"
+
+
+class StoreConflictError(StoreError):
+    """Another came first: the version is taken, the label was moved, or the release is refused meanwhile."""
+
+    code = "STORE_CONFLICT"
+
+
+class StoreWriteError(StoreError, OSError):
+    """The operating system refused to write; what is on disk is the old state or, after a late failure, the new."""
+
+    code = "STORE_WRITE"
 
 
 class DrainTimeoutError(HotglmError, TimeoutError):

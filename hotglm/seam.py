@@ -2,8 +2,9 @@
 
 Rules this module keeps:
 
-- Reading and staging open, read, map memory and start threads only through `active`, so that a test can make the Nth
-  call of any kind fail (FAULTS K06, D07, D14, D20) without patching the standard library under everybody else.
+- Reading, staging and publishing open, read, write, map memory and start threads only through `active`, so that a test
+  can make the Nth call of any kind fail, or kill the process there (FAULTS K06, D07, D09, D14, D20), without patching
+  the standard library under everybody else.
 - The real seam adds nothing: each method is the call itself. A replacement must keep the same signatures.
 - `reach` asks for nothing: it names the places of a stage where something other than the operating system may fail (a
   migration step, a warm-up pass), so that a test can make that place fail as well.
@@ -13,6 +14,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import threading
@@ -30,7 +32,7 @@ class Seam:
 
     def open(self, path: str, flags: int) -> int:
         """Open `path` and return the descriptor (`os.open`)."""
-        return os.open(path, flags)
+        return os.open(path, flags, 0o666)
 
     def fstat(self, fd: int) -> os.stat_result:
         """Return the status of an open file (`os.fstat`)."""
@@ -51,6 +53,46 @@ class Seam:
     def preadv(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
         """Read into `views` in order from `offset` (`os.preadv`); return the number of bytes, which may be short."""
         return os.preadv(fd, views, offset)
+
+    def lstat(self, path: str) -> os.stat_result:
+        """Return the status of what stands at `path`, a link itself included (`os.lstat`)."""
+        return os.lstat(path)
+
+    def flock(self, fd: int, operation: int) -> None:
+        """Lock or unlock an open file or directory (`fcntl.flock`); the lock ends with the process at the latest."""
+        fcntl.flock(fd, operation)
+
+    def create(self, path: str, mode: int) -> int:
+        """Make the file `path`, which must not exist, and return a descriptor to write it (`os.open`)."""
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+
+    def pwrite(self, fd: int, chunk: memoryview, offset: int) -> int:
+        """Write some of `chunk` at `offset` and return how many bytes (`os.pwrite`)."""
+        return os.pwrite(fd, chunk, offset)
+
+    def fsync(self, fd: int) -> None:
+        """Flush a file or directory to the disk (`os.fsync`)."""
+        os.fsync(fd)
+
+    def rename(self, path: str, target: str) -> None:
+        """Move a file over `target`, or a directory to it, in one step (`os.rename`)."""
+        os.rename(path, target)
+
+    def link(self, path: str, target: str) -> None:
+        """Give the file `path`, not what it points to, the further name `target` (`os.link`)."""
+        os.link(path, target, follow_symlinks=False)
+
+    def unlink(self, path: str) -> None:
+        """Remove the name of a file (`os.unlink`)."""
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        """Make a directory (`os.mkdir`)."""
+        os.mkdir(path)
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty directory (`os.rmdir`)."""
+        os.rmdir(path)
 
     def map_anonymous(self, nbytes: int) -> mmap.mmap:
         """Return `nbytes` of fresh private memory, zeroed, with huge pages asked for where the system has them."""

@@ -22,7 +22,7 @@ IMPORTS = tuple(find_imports(MODULES))
 
 # The layers of DESIGN section 4, lowest first. A unit is a module or a package directly under `hotglm`.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "events", "problem", "seam", "version"}),
+    frozenset({"errors", "events", "problem", "progress", "seam", "version"}),
     frozenset(
         {
             "breakage",
@@ -36,6 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "environment_comparison",
             "header",
             "manifest",
+            "manifest_fields",
             "migration",
             "output_breakage",
             "output_comparison",

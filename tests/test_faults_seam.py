@@ -19,6 +19,9 @@ from support.universal import World, universal
 
 READING = ("close", "fstat", "listdir", "open", "pread", "preadv")
 ERRNOS = (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ESTALE, errno.EACCES)
+WRITING = ("create", "flock", "fsync", "link", "lstat", "mkdir", "pwrite", "rename", "rmdir", "unlink")
+"""Calls of releases and stores; tests/test_store_faults.py sweeps them."""
+
 MAX_CALLS = 60
 
 
@@ -53,7 +56,7 @@ def test_a_sharded_release_uses_every_kind_of_reading_call(world: World) -> None
         world.slot.update(source)
     assert set(READING) <= set(seen.counts)
     assert seen.counts["start_thread"] >= 2
-    assert set(KINDS) == {*READING, "map_anonymous", "populate", "reach", "start_thread"}
+    assert set(KINDS) == {*READING, *WRITING, "map_anonymous", "populate", "reach", "start_thread"}
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name != "RuntimeError"])  # no reading call raises that

@@ -52,7 +52,7 @@ from hotglm.release.reading import (
     verify_identity,
 )
 
-__all__ = ["CONFIG_KEY", "FileIdentity", "TensorLocation", "WeightFile", "WeightFiles", "open_weights"]
+__all__ = ["CONFIG_KEY", "FileIdentity", "TensorLocation", "WeightFile", "WeightFiles", "find_weights", "open_weights"]
 
 CONFIG_KEY = "hotglm.config"
 """Key of a file's metadata that holds the model's config as a JSON object."""
@@ -190,7 +190,7 @@ def open_weights(path: str | bytes | os.PathLike[str], *, limits: Limits = DEFAU
         SourceError: it is not clear which file of a directory is meant, or the config is broken.
     """
     asked = _as_text(path)
-    source = _find_in_directory(asked) if is_directory(asked) else asked
+    source = find_weights(asked) if is_directory(asked) else asked
     with ExitStack() as stack:
         if source.endswith(".json"):
             files, is_known_to_have_config = _open_shards(source, stack=stack, limits=limits), True
@@ -320,7 +320,13 @@ def _parse_config(text: bytes, *, path: str, what: str, limit: int, constants: b
     return MappingProxyType(config)
 
 
-def _find_in_directory(path: str) -> str:
+def find_weights(path: str) -> str:
+    """Return the file or index that is meant where the directory `path` is given as weights.
+
+    Raises:
+        SourceError: it is not clear which.
+        SourceReadError: the directory cannot be listed.
+    """
     names = [name for name in list_directory(path) if not name.startswith(".")]
     for name in (_WEIGHTS, f"{_WEIGHTS}.index.json"):
         if name in names:

@@ -29,6 +29,7 @@ __all__ = [
     "read_error",
     "read_exactly",
     "read_scattered",
+    "read_status",
     "verify_identity",
 ]
 
@@ -111,6 +112,18 @@ def is_directory(path: str) -> bool:
     fd, status = _open(path)
     close_quietly(fd)
     return stat.S_ISDIR(status.st_mode)
+
+
+def read_status(path: str) -> os.stat_result:
+    """Return the status of what stands at `path`, a link itself included.
+
+    Raises:
+        SourceReadError: nothing is there, or the OS did not say.
+    """
+    try:
+        return seam.active.lstat(path)
+    except (OSError, ValueError) as error:
+        raise read_error(error, path=path) from error
 
 
 def list_directory(path: str) -> list[str]:

@@ -36,12 +36,13 @@ from hotglm.events import (
     SupersededEvent,
 )
 from hotglm.migration.registry import Migrations
+from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, Publication
 from hotglm.slot.checks import GradMode, StagePolicy
 from hotglm.slot.generation import Generation, Retired
 from hotglm.slot.holders import Holder, Sessions
 from hotglm.slot.memory import MemoryPolicy
-from hotglm.slot.receipt import Progress, Receipt
+from hotglm.slot.receipt import Receipt
 from hotglm.slot.source import Source
 from hotglm.slot.spare import Spares
 from hotglm.slot.staged import Staged, StageRecord

@@ -15,16 +15,7 @@ from hotglm.slot.memory import MemoryPlan
 from hotglm.verdict import Verdict
 from hotglm.version import Version
 
-__all__ = ["Progress", "Receipt", "StageTiming"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a stage is: its current part, and bytes loaded of all bytes to load."""
-
-    part: str
-    done_nbytes: int
-    total_nbytes: int
+__all__ = ["Receipt", "StageTiming"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from hotglm.events import Event
 from hotglm.migration.registry import Migrations
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import find_definition
+from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, HistoryEntry
 from hotglm.slot.checks import StagePolicy, promise_outputs
 from hotglm.slot.core import SlotCore, SlotSettings, StageOptions
@@ -34,7 +35,7 @@ from hotglm.slot.generation import Generation, State
 from hotglm.slot.holders import Holder, Session
 from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.observer import find_holders, read_status, wait_drained
-from hotglm.slot.receipt import Progress, Receipt
+from hotglm.slot.receipt import Receipt
 from hotglm.slot.source import Source
 from hotglm.slot.staged import Staged
 from hotglm.slot.status import Status

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +27,7 @@ from hotglm.model.inspection import contract_of, find_state
 from hotglm.model.module_versions import KEY as MODULE_VERSIONS_KEY
 from hotglm.model.module_versions import MAX_MODULES, find_module_versions
 from hotglm.model.registry import Definition, find_definition, read_config
+from hotglm.release.directory import Release, is_release, open_release
 from hotglm.release.files import WeightFiles, open_weights
 from hotglm.version import Version
 from hotglm.weights.dtypes import LOADABLE_DTYPES, TORCH_DTYPES, dtype_name
@@ -33,7 +35,7 @@ from hotglm.weights.dtypes import LOADABLE_DTYPES, TORCH_DTYPES, dtype_name
 __all__ = ["Offer", "Source", "open_source"]
 
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module
-"""A safetensors file, a shard index, a directory, a mapping of names to tensors, or a module."""
+"""A safetensors file, a shard index, a directory, a release, a mapping of names to tensors, or a module."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,7 @@ class Offer:
         module_versions: versions of torch's modules that their state was saved under, where that is told.
         migration: what stands between its tensors and `contract`, if anything does.
         files: open files, for a file source.
+        release: the open release that they are part of, if they are.
         tensors: tensors, for a mapping or module.
         module: the module, for a module source: its structure is what holds the weights.
         definition: what is declared of the module's class.
@@ -83,6 +86,7 @@ class Offer:
     module_versions: Mapping[str, int] | None = None
     migration: Migration | None = None
     files: WeightFiles | None = None
+    release: Release | None = None
     tensors: Mapping[str, torch.Tensor] | None = None
     module: nn.Module | None = None
     definition: Definition | None = None
@@ -91,6 +95,8 @@ class Offer:
         """Close the files; may be called twice."""
         if self.files is not None:
             self.files.close()
+        if self.release is not None:
+            self.release.close()
 
     def with_dtypes_of(self, code: Contract) -> Offer:
         """Return the offer as it will be after floating-point tensors are converted to the dtypes of `code`."""
@@ -127,7 +133,33 @@ def open_source(source: Source) -> Offer:
     )
 
 
+def _offer_release(path: str) -> Offer:
+    """Open a release: what its manifest says counts, and every byte that is used is held against its digests."""
+    with ExitStack() as stack:
+        release = stack.enter_context(open_release(path))
+        files = stack.enter_context(release.open_weights())
+        manifest = release.manifest
+        offer = Offer(
+            label=ascii(path),
+            contract=Contract.of_tensors({name: (one.dtype, one.shape) for name, one in manifest.tensors.items()}),
+            nbytes=files.total_nbytes,
+            name=manifest.name,
+            version=manifest.version,
+            config=manifest.config,
+            requires=manifest.requires,
+            digests=MappingProxyType({name: one.digest for name, one in manifest.tensors.items()}),
+            module_versions=_read_module_versions(files),
+            files=files,
+            release=release,
+        )
+        stack.pop_all()
+    return offer
+
+
 def _offer_files(source: str | os.PathLike[str]) -> Offer:
+    path = os.fspath(source)
+    if isinstance(path, str) and is_release(path):
+        return _offer_release(path)
     files = open_weights(source)
     try:
         tensors = {name: (at.entry.torch_dtype, at.entry.shape) for name, at in files.tensors.items()}

@@ -32,8 +32,8 @@ from hotglm.errors import (
     SupersededError,
 )
 from hotglm.problem import describe_exception
+from hotglm.progress import Progress
 from hotglm.slot.memory import verify_room
-from hotglm.slot.receipt import Progress
 from hotglm.slot.spare import Spares
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.staging import StageRequest, stage_version

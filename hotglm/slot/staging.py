@@ -35,13 +35,13 @@ from hotglm.model.inspection import StateEntry, contract_of, find_state
 from hotglm.model.registry import find_definition
 from hotglm.model.twin import Twin, copy_module, settle_in_place, verify_copyable
 from hotglm.problem import describe_exception
+from hotglm.progress import Progress
 from hotglm.release.environment import read_environment
 from hotglm.release.files import WeightFiles
 from hotglm.slot.checks import GradMode, StagePolicy, promise_outputs, run_checks
 from hotglm.slot.code import Code, Question, choose_code
 from hotglm.slot.generation import Generation
 from hotglm.slot.migrating import describe_gap
-from hotglm.slot.receipt import Progress
 from hotglm.slot.source import Offer, Source, open_source
 from hotglm.slot.spare import Spares, TakenSpare
 from hotglm.slot.staged import Staged, StageRecord

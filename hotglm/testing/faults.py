@@ -36,7 +36,7 @@ _CALLS: Mapping[str, tuple[str, ...]] = {
     "start_thread": ("start_thread",),
     "listdir": ("listdir",),
     "open": ("open",),
-    "fstat": ("fstat",),
+    "fstat": ("fstat", "lstat"),
     "read": ("pread", "preadv"),
     "close": ("close",),
 }
@@ -157,7 +157,7 @@ class FaultPlan:
             self.verify_fired()
 
     def _ask(self, call: str, _: int, args: tuple[Any, ...]) -> object:
-        kind = args[0] if call == "reach" else _KIND_OF[call]
+        kind = args[0] if call == "reach" else _KIND_OF.get(call, call)
         with self._lock:
             self._counts[kind] += 1
             due = [fault for fault in self._faults if (fault.kind, fault.nth) == (kind, self._counts[kind])]

@@ -1,0 +1,352 @@
+"""A release directory: opened by its manifest, refused by name where it is not what that says, verified byte by byte.
+
+Rules this module keeps:
+
+- Only a directory with a manifest is a release; the manifest is written last, so one without is not finished (R1, R2).
+- Every file is listed and every listed file is there, as a regular file of the right size: no link, nothing else,
+  nothing more (R3 to R5). All that is wrong is named at once.
+- The bytes that are used are the bytes that are verified: a side file is hashed in the buffer that is handed out, a
+  header is bound by the digest of its file, and each tensor is hashed by the loader in the memory it will serve from
+  (D1 to D3, P5).
+- An open release shares the lock of its directory, so that a store's garbage collection leaves it alone (S8).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from hotglm.document import Report
+from hotglm.errors import ArgumentError, DigestMismatchError, Problem, ReleaseError, SourceReadError, shorten_repr
+from hotglm.header import DEFAULT_LIMITS, Limits
+from hotglm.manifest import MAX_FILES, MAX_MANIFEST_NBYTES, Manifest, parse_manifest
+from hotglm.manifest_fields import MANIFEST_NAME, RESERVED_PREFIX, FileEntry
+from hotglm.progress import Progress
+from hotglm.release.files import WeightFile, WeightFiles, open_weights
+from hotglm.release.hashing import FilePieces, HashMeter, combine_pieces, cut_weights, cut_whole, hash_pieces
+from hotglm.release.locks import lock_directory
+from hotglm.release.reading import (
+    close_quietly,
+    list_directory,
+    open_regular,
+    read_document,
+    read_error,
+    read_status,
+    verify_identity,
+)
+
+__all__ = ["Release", "cut_side_file", "cut_weight_file", "find_entries", "is_release", "open_release"]
+
+_REMEDY = "publish the release again with `hotglm pack`, or fetch all of it again."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Release:
+    """An open release; a context manager that closes it. Any thread may call any method.
+
+    Attributes:
+        path: its directory.
+        manifest: what it says about itself.
+        digest: `sha256:` and 64 hexadecimal digits over the bytes of the manifest, which bind everything else.
+    """
+
+    path: str
+    manifest: Manifest
+    digest: str
+    _lease: ExitStack = field(repr=False)
+
+    def find_path(self, name: str) -> str:
+        """Return where the listed file `name` stands.
+
+        Raises:
+            ArgumentError: the manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            raise ArgumentError(
+                f"Expected a file of the release, got {shorten_repr(name)}.", remedy="look at `.manifest.files`."
+            )
+        return os.path.join(self.path, *name.split("/"))
+
+    def read_file(self, name: str) -> bytes:
+        """Return the bytes of a side file, having verified them.
+
+        Raises:
+            ArgumentError: the manifest does not list it, or lists it as weights; use `open_weights` for those.
+            DigestMismatchError: they are not the ones that the manifest promises.
+            SourceReadError: it cannot be read. SourceChangedError: it changed meanwhile.
+        """
+        path, entry = self.find_path(name), self.manifest.files[name]
+        if not entry.digest.startswith("sha256:"):
+            raise ArgumentError(
+                f"Expected a side file, got the weights {shorten_repr(name)}.", remedy="use `open_weights` for those."
+            )
+        content = read_document(path, limit=entry.size, error=ReleaseError, code="SIZE_MISMATCH")
+        found = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        if found != entry.digest:
+            self._raise_mismatches([_mismatch(path, entry.digest, found)])
+        return content
+
+    def open_weights(self, *, limits: Limits = DEFAULT_LIMITS) -> WeightFiles:
+        """Open the weights and verify their headers against the manifest; each tensor still has to be hashed.
+
+        Raises:
+            ReleaseError: the release carries no weights, or its files hold other tensors than the manifest says.
+            DigestMismatchError: a header is not the one that the manifest promises.
+            HeaderError: a header breaks the format. ShardIndexError: the index does not fit its shards.
+            SourceReadError: something cannot be read. SourceChangedError: it changed meanwhile.
+        """
+        if self.manifest.weights is None:
+            problem = Problem(code="NO_WEIGHTS", message="Expected weights in the release, got none.", file=self.path)
+            raise ReleaseError("The release holds nothing to load.", problems=[problem], remedy=_REMEDY)
+        files = open_weights(self.find_path(self.manifest.weights), limits=limits)
+        try:
+            self._verify_headers(files)
+        except BaseException:
+            files.close()
+            raise
+        return files
+
+    def verify(self, *, progress: Callable[[Progress], object] | None = None) -> None:
+        """Read every byte and refuse what is not as the manifest promises, all of it named.
+
+        Raises:
+            DigestMismatchError: with every file and tensor that differs.
+            ReleaseError, HeaderError, ShardIndexError: the files are not what the manifest says.
+            SourceReadError: something cannot be read. SourceChangedError: it changed meanwhile.
+        """
+        manifest = self.manifest
+        with ExitStack() as stack:
+            weights = () if manifest.weights is None else stack.enter_context(self.open_weights()).files
+            cut = [cut_weight_file(file, name=self._name_of(file)) for file in weights]
+            others = manifest.files.keys() - {file.path for file in cut}
+            cut += [cut_side_file(self.find_path(name), name=name, stack=stack) for name in sorted(others)]
+            meter = HashMeter("verify", manifest.total_nbytes, progress)
+            of_files, of_tensors = hash_pieces(cut, meter=meter)
+            for one in cut:
+                verify_identity(one.fd, identity=one.identity, path=self.find_path(one.path))
+        problems = [
+            _mismatch(self.find_path(name), entry.digest, of_files[name])
+            for name, entry in manifest.files.items()
+            if of_files[name] != entry.digest
+        ]
+        problems += [
+            _mismatch(self.find_path(one.file), one.digest, of_tensors[name], tensor=name)
+            for name, one in manifest.tensors.items()
+            if of_tensors[name] != one.digest
+        ]
+        self._raise_mismatches(problems)
+
+    def close(self) -> None:
+        """Give its lease up. Again does nothing."""
+        self._lease.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _name_of(self, file: WeightFile) -> str:
+        return os.path.relpath(file.path, self.path).replace(os.sep, "/")
+
+    def _raise_mismatches(self, problems: list[Problem]) -> None:
+        if problems:
+            headline = f"The release {shorten_repr(self.path)} is not what its manifest says."
+            raise DigestMismatchError(headline, problems=problems, remedy=_REMEDY)
+
+    def _verify_headers(self, files: WeightFiles) -> None:
+        manifest, report = self.manifest, _report(self.path)
+        for name in sorted(manifest.tensors.keys() - files.tensors.keys()):
+            report.add("TENSOR_MISSING", "Expected the tensor that the manifest names, got none.", tensor=name)
+        mismatches = []
+        for name, location in files.tensors.items():
+            promised = manifest.tensors.get(name)
+            found = (self._name_of(location.file), location.entry.torch_dtype, location.entry.shape)
+            expected = None if promised is None else (promised.file, promised.dtype, promised.shape)
+            if found != expected:
+                message = f"Expected {_show_tensor(expected)}, as the manifest says, got {_show_tensor(found)}."
+                report.add("TENSOR_MISMATCH", message, tensor=name)
+        report.raise_if_any()
+        for file in files.files:
+            inside = (manifest.tensors[name].digest.removeprefix("sha256:") for name in file.header.tensors)
+            digest = combine_pieces([file.header_sha256, *inside])
+            name = self._name_of(file)
+            if name not in manifest.files or manifest.files[name].digest != digest:
+                expected_digest = manifest.files[name].digest if name in manifest.files else "none"
+                mismatches.append(_mismatch(file.path, expected_digest, digest))
+        self._raise_mismatches(mismatches)
+
+
+def open_release(path: str | os.PathLike[str]) -> Release:
+    """Open the release in the directory `path`: read its manifest and compare names, kinds and sizes of its files.
+
+    No byte of a file but the manifest's is read here; `Release.verify` reads all of them.
+
+    Returns:
+        The open release; the caller closes it.
+
+    Raises:
+        ArgumentError: `path` is no path.
+        ReleaseError: there is no manifest (INCOMPLETE), it breaks the format, or the directory holds something else
+            than it lists; everything that is wrong is named.
+        SourceReadError: something cannot be read.
+    """
+    try:
+        directory = os.path.abspath(os.fspath(path))
+    except TypeError as error:
+        raise ArgumentError(
+            f"Expected a path, got {shorten_repr(type(path).__name__)}.", remedy="give a str or os.PathLike."
+        ) from error
+    with ExitStack() as stack:
+        _take_lease(directory, stack=stack)
+        at = os.path.join(directory, MANIFEST_NAME)
+        text = _read_manifest(directory, at)
+        manifest = parse_manifest(text, file=at)
+        _verify_tree(directory, manifest)
+        return Release(
+            path=directory,
+            manifest=manifest,
+            digest=f"sha256:{hashlib.sha256(text).hexdigest()}",
+            _lease=stack.pop_all(),
+        )
+
+
+def is_release(path: str) -> bool:
+    """Tell whether a manifest stands in the directory `path`; False for a file, and where nothing is.
+
+    Raises:
+        SourceReadError: the OS did not say.
+    """
+    try:
+        read_status(os.path.join(path, MANIFEST_NAME))
+    except SourceReadError as error:
+        if error.code in ("NOT_FOUND", "BAD_PATH"):
+            return False
+        raise
+    return True
+
+
+def _take_lease(directory: str, *, stack: ExitStack) -> None:
+    try:
+        fd = lock_directory(os.path.realpath(directory))
+    except (OSError, ValueError) as error:
+        raise read_error(error, path=directory) from error
+    if fd is None:
+        problem = Problem(
+            code="NOT_FOUND", message="Expected a release, got one that is being removed.", file=directory
+        )
+        raise SourceReadError(f"Cannot read {shorten_repr(directory)}.", problems=[problem], remedy="choose another.")
+    stack.callback(close_quietly, fd)
+
+
+def _read_manifest(directory: str, at: str) -> bytes:
+    report = _report(directory)
+    try:
+        if not stat.S_ISREG(read_status(at).st_mode):
+            report.stop("NOT_REGULAR", f"Expected a regular file as {MANIFEST_NAME!r}, got a link or something else.")
+        return read_document(at, limit=MAX_MANIFEST_NBYTES, error=ReleaseError, code="MANIFEST_TOO_LARGE")
+    except SourceReadError as error:
+        if error.code != "NOT_FOUND" or error.errno == errno.ENOTDIR:
+            raise
+        message = (
+            f"Expected {MANIFEST_NAME!r}, which is written last, got none: this is no release, or not a whole one."
+        )
+        report.stop("INCOMPLETE", message)
+
+
+def _verify_tree(directory: str, manifest: Manifest) -> None:
+    report = _report(directory)
+    parents = {name[:at] for name in manifest.files for at, character in enumerate(name) if character == "/"}
+    missing = dict(manifest.files)
+    for name, status in find_entries(directory):
+        if stat.S_ISDIR(status.st_mode) and name in parents:
+            continue
+        entry = missing.pop(name, None)
+        if entry is None:
+            report.add(
+                "EXTRA_FILE", f"Expected only what the manifest lists, got {shorten_repr(name)} too.", found=name
+            )
+        else:
+            _verify_status(name, entry, status, report=report)
+    for name in missing:
+        report.add("MISSING_FILE", f"Expected {shorten_repr(name)}, as the manifest says, got none.", expected=name)
+    report.raise_if_any()
+
+
+def _verify_status(name: str, entry: FileEntry, status: os.stat_result, *, report: Report) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        found = "a link" if stat.S_ISLNK(status.st_mode) else "something else"
+        report.add("NOT_REGULAR", f"Expected {shorten_repr(name)} to be a regular file, got {found}.", found=name)
+    elif status.st_size != entry.size:
+        message = f"Expected {shorten_repr(name)} to have {entry.size} bytes, got {status.st_size}."
+        report.add("SIZE_MISMATCH", message, expected=entry.size, found=status.st_size)
+
+
+def find_entries(directory: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield path and status of everything below `directory` that could be part of a release, links not followed.
+
+    Names that start with a dot are passed over, and at the top those that are reserved for manifest and signatures.
+
+    Raises:
+        SourceReadError: it cannot be listed.
+        ReleaseError: there is more than a release may hold.
+    """
+    todo, num = [""], 0
+    while todo:
+        parent = todo.pop()
+        for name in list_directory(os.path.join(directory, parent)):
+            if name.startswith(".") or (not parent and name.startswith(RESERVED_PREFIX)):
+                continue
+            num += 1
+            if num > 2 * MAX_FILES:
+                _report(directory).stop("TOO_MANY_FILES", f"Expected at most {MAX_FILES} files, got more.")
+            path = f"{parent}/{name}" if parent else name
+            status = read_status(os.path.join(directory, path))
+            if stat.S_ISDIR(status.st_mode):
+                todo.append(path)
+            yield path, status
+
+
+def cut_weight_file(file: WeightFile, *, name: str) -> FilePieces:
+    """Return an open safetensors file cut into its header and its tensors, under the name it has in the release."""
+    start = file.header.data_start
+    tensors = ((tensor, start + entry.start, entry.nbytes) for tensor, entry in file.header.tensors.items())
+    return FilePieces(
+        path=name, fd=file.fd, identity=file.identity, pieces=cut_weights(start, tensors), is_weights=True
+    )
+
+
+def cut_side_file(path: str, *, name: str, stack: ExitStack) -> FilePieces:
+    """Open another file; `stack` closes it. It is one piece.
+
+    Raises:
+        SourceReadError: it cannot be opened, or is no regular file.
+    """
+    fd, identity = open_regular(path)
+    stack.callback(close_quietly, fd)
+    return FilePieces(path=name, fd=fd, identity=identity, pieces=cut_whole(identity.size))
+
+
+def _show_tensor(found: tuple[str, str, tuple[int, ...]] | None) -> str:
+    return "no such tensor" if found is None else f"{found[1]} {list(found[2])} in {shorten_repr(found[0])}"
+
+
+def _mismatch(path: str, expected: str, found: str, *, tensor: str | None = None) -> Problem:
+    message = f"Expected digest {expected}, got {found}."
+    return Problem(code="DIGEST_MISMATCH", message=message, file=path, tensor=tensor, expected=expected, found=found)
+
+
+def _report(directory: str) -> Report:
+    headline = f"The release {shorten_repr(directory)} was refused"
+    return Report(ReleaseError, headline=headline, remedy=_REMEDY, prefix="RELEASE", file=directory)

@@ -1,0 +1,117 @@
+"""Locks between processes that a killed process cannot leave behind.
+
+Rules this module keeps:
+
+- A lock is `flock` on an open file or directory: the kernel gives it up with the last descriptor, however the process
+  ends. Nothing on disk says "locked", so nothing stale can.
+- A descriptor is close-on-exec and never handed out. A child made by `fork` shares it until it ends or execs: a lease
+  then lasts until both are done with it, which keeps more, never less.
+- A store's lock is held for a few small writes, never while weights are read, hashed or copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+
+from hotglm import seam
+from hotglm.errors import Problem, StoreBusyError, shorten_repr
+from hotglm.release.reading import close_quietly
+
+__all__ = ["hold_exclusively", "lock_directory", "try_exclusively"]
+
+_PAUSE_S = 0.005
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def hold_exclusively(path: str, *, timeout_s: float) -> Iterator[None]:
+    """Hold the lock file `path`, made where it is missing, for the body of a `with`.
+
+    Raises:
+        StoreBusyError: another process holds it for longer than `timeout_s` seconds.
+        OSError: it cannot be opened, or this file system has no locks.
+    """
+    fd = seam.active.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        _wait_locked(fd, path=path, timeout_s=timeout_s)
+        yield
+    finally:
+        close_quietly(fd)  # and with it the lock
+
+
+def _wait_locked(fd: int, *, path: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not _try(fd, fcntl.LOCK_EX):
+        if time.monotonic() >= deadline:
+            message = f"Expected the lock within {timeout_s} s, got none; another process holds it."
+            raise StoreBusyError(
+                f"The store's lock {shorten_repr(path)} is held.",
+                problems=[Problem(code="STORE_BUSY", message=message, file=path)],
+                remedy="try again; if it stays, look with `lslocks` for a process that was stopped.",
+            )
+        time.sleep(_PAUSE_S)
+
+
+def _try(fd: int, operation: int) -> bool:
+    try:
+        seam.active.flock(fd, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except InterruptedError:
+        return False
+    return True
+
+
+def lock_directory(path: str) -> int | None:
+    """Open a directory and share its lock: a lease, for as long as the descriptor that is returned stays open.
+
+    Returns:
+        The descriptor, which the caller closes; None where somebody holds it exclusively, to remove it. On a file
+        system without locks the descriptor alone.
+
+    Raises:
+        OSError: it cannot be opened, or is no directory.
+    """
+    fd = seam.active.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        is_locked = _try(fd, fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return fd
+        close_quietly(fd)
+        raise
+    except BaseException:
+        close_quietly(fd)
+        raise
+    if is_locked:
+        return fd
+    close_quietly(fd)
+    return None
+
+
+def try_exclusively(path: str) -> int | None:
+    """Open a file or directory and lock it, unless somebody shares or holds its lock.
+
+    Returns:
+        The descriptor, which the caller closes; None where it is in use, or gone.
+
+    Raises:
+        OSError: it cannot be opened, or this file system has no locks.
+    """
+    try:
+        fd = seam.active.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        if _try(fd, fcntl.LOCK_EX):
+            return fd
+    except BaseException:
+        close_quietly(fd)
+        raise
+    close_quietly(fd)
+    return None
