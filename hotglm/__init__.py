@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Problem,
         ReentrantError,
         RefreshError,
+        ReleaseError,
         ShardIndexError,
         SlotClosedError,
         SlotStateError,
@@ -57,6 +58,10 @@ if TYPE_CHECKING:
         StageFailedError,
         StageTimeoutError,
         StaleStateError,
+        StoreBusyError,
+        StoreConflictError,
+        StoreError,
+        StoreWriteError,
         SupersededError,
         TensorValueError,
         ThreadStartError,
@@ -66,6 +71,7 @@ if TYPE_CHECKING:
         WarmUpError,
     )
     from hotglm.events import Event
+    from hotglm.manifest_fields import Manifest
     from hotglm.migration.config import AddField, DropField, MapField, RenameField
     from hotglm.migration.initialisers import Constant, Copy, Normal, Ones, Zeros
     from hotglm.migration.operations import Add, Apply, Drop, Rename, Tie, Untie
@@ -81,6 +87,8 @@ if TYPE_CHECKING:
     from hotglm.model.save import save_weights
     from hotglm.output_spec import OutputSpec
     from hotglm.progress import Progress
+    from hotglm.release.directory import Release, open_release
+    from hotglm.release.packing import ReleaseDetails, pack
     from hotglm.slot.admission import HistoryEntry
     from hotglm.slot.checks import Golden, StagePolicy
     from hotglm.slot.generation import Generation, State
@@ -130,6 +138,7 @@ __all__ = [
     "HotglmError",
     "Incompatibility",
     "IncompatibleError",
+    "Manifest",
     "MapField",
     "MemoryPlanError",
     "MemoryPolicy",
@@ -155,6 +164,9 @@ __all__ = [
     "Receipt",
     "ReentrantError",
     "RefreshError",
+    "Release",
+    "ReleaseDetails",
+    "ReleaseError",
     "Released",
     "Rename",
     "RenameField",
@@ -179,6 +191,10 @@ __all__ = [
     "StatePlan",
     "StateSpec",
     "Status",
+    "StoreBusyError",
+    "StoreConflictError",
+    "StoreError",
+    "StoreWriteError",
     "SupersededError",
     "TensorSpec",
     "TensorValueError",
@@ -200,6 +216,8 @@ __all__ = [
     "find_incompatibilities",
     "migrate_weights",
     "migrations_of",
+    "open_release",
+    "pack",
     "refresh",
     "required_bump",
     "save_weights",
@@ -241,6 +259,7 @@ _EXPORTS: dict[str, str] = {
     "HotglmError": "hotglm.errors",
     "Incompatibility": "hotglm.compatibility",
     "IncompatibleError": "hotglm.errors",
+    "Manifest": "hotglm.manifest_fields",
     "MapField": "hotglm.migration.config",
     "MemoryPlanError": "hotglm.errors",
     "MemoryPolicy": "hotglm.slot.memory",
@@ -266,6 +285,9 @@ _EXPORTS: dict[str, str] = {
     "Receipt": "hotglm.slot.receipt",
     "ReentrantError": "hotglm.errors",
     "RefreshError": "hotglm.errors",
+    "Release": "hotglm.release.directory",
+    "ReleaseDetails": "hotglm.release.packing",
+    "ReleaseError": "hotglm.errors",
     "Released": "hotglm.compatibility",
     "Rename": "hotglm.migration.operations",
     "RenameField": "hotglm.migration.config",
@@ -290,6 +312,10 @@ _EXPORTS: dict[str, str] = {
     "StatePlan": "hotglm.migration.plan",
     "StateSpec": "hotglm.contract",
     "Status": "hotglm.slot.status",
+    "StoreBusyError": "hotglm.errors",
+    "StoreConflictError": "hotglm.errors",
+    "StoreError": "hotglm.errors",
+    "StoreWriteError": "hotglm.errors",
     "SupersededError": "hotglm.errors",
     "TensorSpec": "hotglm.migration.tensor_spec",
     "TensorValueError": "hotglm.errors",
@@ -311,6 +337,8 @@ _EXPORTS: dict[str, str] = {
     "find_incompatibilities": "hotglm.compatibility",
     "migrate_weights": "hotglm.model.migrated_file",
     "migrations_of": "hotglm.model.registry",
+    "open_release": "hotglm.release.directory",
+    "pack": "hotglm.release.packing",
     "refresh": "hotglm.model.derived",
     "required_bump": "hotglm.breakage",
     "save_weights": "hotglm.model.save",

@@ -33,7 +33,7 @@ from hotglm.manifest_fields import (
 )
 from hotglm.version import Version
 
-__all__ = ["FORMAT", "MAX_MANIFEST_NBYTES", "FileEntry", "Manifest", "format_manifest", "parse_manifest"]
+__all__ = ["FORMAT", "MAX_FILES", "MAX_MANIFEST_NBYTES", "format_manifest", "parse_manifest"]
 
 FORMAT = "hotglm.release/1"
 """What a manifest says it is; the number changes when the meaning does (M3)."""
@@ -97,7 +97,11 @@ def parse_manifest(text: bytes, *, file: str | None = None) -> Manifest:
     _verify_unicode(text, document, report=report)
     manifest = _Reader(document, report=report).read()
     report.raise_if_any()
-    _verify_canonical(text, _format(manifest), report=report)
+    try:
+        expected = _format(manifest)
+    except ValueError:  # 1e999 is JSON, and no number that has a spelling
+        report.stop("MANIFEST_BAD_JSON", "Expected finite numbers in config, got one that is too large.")
+    _verify_canonical(text, expected, report=report)
     return manifest
 
 
@@ -366,7 +370,8 @@ class _Reader:
         try:
             return Contract.from_dict(whole)
         except ArgumentError as error:
-            self._report.extend(error.problems)
+            for problem in error.problems:
+                self._report.add(problem.code, problem.message)
             return Contract()
 
     def _environment(self, value: object) -> Environment | None:

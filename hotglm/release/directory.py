@@ -26,8 +26,8 @@ from typing import Self
 from hotglm.document import Report
 from hotglm.errors import ArgumentError, DigestMismatchError, Problem, ReleaseError, SourceReadError, shorten_repr
 from hotglm.header import DEFAULT_LIMITS, Limits
-from hotglm.manifest import MAX_FILES, MAX_MANIFEST_NBYTES, Manifest, parse_manifest
-from hotglm.manifest_fields import MANIFEST_NAME, RESERVED_PREFIX, FileEntry
+from hotglm.manifest import MAX_FILES, MAX_MANIFEST_NBYTES, parse_manifest
+from hotglm.manifest_fields import MANIFEST_NAME, RESERVED_PREFIX, FileEntry, Manifest
 from hotglm.progress import Progress
 from hotglm.release.files import WeightFile, WeightFiles, open_weights
 from hotglm.release.hashing import FilePieces, HashMeter, combine_pieces, cut_weights, cut_whole, hash_pieces
@@ -105,7 +105,7 @@ class Release:
         if self.manifest.weights is None:
             problem = Problem(code="NO_WEIGHTS", message="Expected weights in the release, got none.", file=self.path)
             raise ReleaseError("The release holds nothing to load.", problems=[problem], remedy=_REMEDY)
-        files = open_weights(self.find_path(self.manifest.weights), limits=limits)
+        files = open_weights(self.find_path(self.manifest.weights), limits=limits, reads_config=False)
         try:
             self._verify_headers(files)
         except BaseException:

@@ -168,7 +168,9 @@ class WeightFiles:
         self.close()
 
 
-def open_weights(path: str | bytes | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> WeightFiles:
+def open_weights(
+    path: str | bytes | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, reads_config: bool = True
+) -> WeightFiles:
     """Open the weights at `path` and verify their headers.
 
     Nothing stays open when it fails.
@@ -177,6 +179,7 @@ def open_weights(path: str | bytes | os.PathLike[str], *, limits: Limits = DEFAU
         path: a safetensors file, a `*.safetensors.index.json`, or a directory in the layout of Hugging Face: with
             `model.safetensors`, else `model.safetensors.index.json`, else one other file or index.
         limits: our caps.
+        reads_config: whether the config is looked for; a release has it in its manifest.
 
     Returns:
         The open files; the caller closes them.
@@ -206,7 +209,7 @@ def open_weights(path: str | bytes | os.PathLike[str], *, limits: Limits = DEFAU
             files=files,
             tensors=MappingProxyType(dict(_locate(files))),
             metadata=MappingProxyType(metadata),
-            config=_read_config(metadata, path=source, beside=beside, limits=limits),
+            config=_read_config(metadata, path=source, beside=beside, limits=limits) if reads_config else None,
             _descriptors=stack.pop_all(),
         )
 

@@ -23,8 +23,8 @@ from hotglm import seam
 from hotglm.contract import Contract
 from hotglm.environment import Environment
 from hotglm.errors import ArgumentError, Problem, StoreConflictError, shorten_repr
-from hotglm.manifest import Manifest, format_manifest
-from hotglm.manifest_fields import MANIFEST_NAME, CodeEntry
+from hotglm.manifest import format_manifest
+from hotglm.manifest_fields import MANIFEST_NAME, CodeEntry, Manifest
 from hotglm.problem import describe_exception
 from hotglm.progress import Progress
 from hotglm.release.directory import Release, open_release

@@ -1,0 +1,117 @@
+"""Releases to test with: sources of a few bytes, written without torch, and a strategy that draws whole manifests."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from hotglm.environment import Environment
+from hotglm.manifest_fields import MAX_SEQUENCE, CodeEntry, FileEntry, Manifest, ReleasedTensor, find_path_faults
+from hotglm.version import Version
+from support.bytes_maker import layout, make_file
+from support.contracts import call_specs, output_specs
+
+__all__ = ["manifests", "small_manifest", "write_source"]
+
+SHA = "0123456789abcdef" * 4
+SHAPES = {"w": ("F32", (2, 3)), "b": ("BF16", (3,)), "empty": ("I8", (0, 4)), "scalar": ("I64", ())}
+
+
+def write_source(directory: Path, *, seed: int = 0, shards: bool = False) -> Path:
+    """Write a directory as Hugging Face has it: weights that differ by `seed`, config, tokenizer in a folder."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text('{"hidden_size": 3, "eps": 1e-05}')
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "vocab.json").write_text('{"a": 0}')
+    (directory / ".gitattributes").write_text("hidden")
+    parts = [["w", "empty"], ["b", "scalar"]] if shards else [list(SHAPES)]
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(parts):
+        header, nbytes = layout({name: SHAPES[name] for name in names})
+        header["__metadata__"] = {"format": "pt"}
+        file = f"model-{number}.safetensors" if shards else "model.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        data = bytes((seed * 31 + number * 7 + at) % 251 for at in range(nbytes))
+        (directory / file).write_bytes(make_file(header, data))
+    if shards:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def small_manifest() -> Manifest:
+    """Return a manifest in which every optional part is there."""
+    return Manifest(
+        name="ranker",
+        version=Version("1.4.0+d3b07384d113"),
+        sequence=7,
+        files={
+            "model.safetensors": FileEntry(size=120, digest=f"safetensors:{SHA}"),
+            "code/model.py": FileEntry(size=3, digest=f"sha256:{SHA}"),
+        },
+        tensors={"w": ReleasedTensor(file="model.safetensors", dtype="float32", shape=(2, 3), digest=f"sha256:{SHA}")},
+        weights="model.safetensors",
+        config={"hidden": 3, "eps": 1e-05, "inner": {"list": [1, None, True, "x"]}, "caf\u00e9": "\u4e2d"},
+        requires=("torch>=2.6",),
+        capabilities=frozenset({"rank", "explain"}),
+        created_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        created_in=Environment(python="3.12.1", packages={"torch": "2.13.0"}, markers={"sys_platform": "linux"}),
+        expires_at=datetime(2027, 1, 2, tzinfo=UTC),
+        code=CodeEntry(entry="model.net:Ranker", files=("code/model.py",)),
+    )
+
+
+_words = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_categories=["C"]), min_size=1, max_size=8)
+_safe_words = _words.filter(lambda word: word not in ("..", "../") and "/" not in word and ".." not in word)
+_digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_words, inner, max_size=3),
+    max_leaves=8,
+)
+_paths = st.lists(st.text("abcXYZ0_-\u00e9", min_size=1, max_size=5), min_size=1, max_size=3).map("/".join)
+_times = st.integers(-62135510400, 253402214400).map(lambda at: datetime.fromtimestamp(at, UTC))
+_versions = st.sampled_from(["1.0", "1.4.0", "2.0.0rc1", "1!3.0", "0.1.dev4", "1.4.0+abc.1"]).map(Version)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    """Draw a manifest that the format can hold."""
+    paths = draw(st.lists(_paths, max_size=4, unique=True))
+    paths = [path for path in paths if not list(find_path_faults([*paths]))]
+    weights = [f"{path}.safetensors" for path in paths if "/" not in path]
+    others = [path for path in paths if "/" in path]
+    files = {path: FileEntry(size=draw(st.integers(0, 2**53 - 1)), digest=f"safetensors:{SHA}") for path in weights}
+    files |= {path: FileEntry(size=draw(st.integers(0, 99)), digest=f"sha256:{draw(_digests)}") for path in others}
+    names = draw(st.lists(_safe_words, max_size=4, unique=True)) if weights else []
+    tensors = {
+        name: ReleasedTensor(
+            file=draw(st.sampled_from(weights)),
+            dtype=draw(st.sampled_from(["float32", "bfloat16", "bool", "int64", "float8_e4m3fn"])),
+            shape=tuple(draw(st.lists(st.integers(0, 2**48), max_size=4))),
+            digest=f"sha256:{draw(_digests)}",
+        )
+        for name in names
+    }
+    return Manifest(
+        name=draw(_safe_words),
+        version=draw(_versions),
+        sequence=draw(st.integers(1, MAX_SEQUENCE)),
+        files=files,
+        tensors=tensors,
+        weights=draw(st.sampled_from(weights)) if weights else None,
+        config=draw(st.none() | st.dictionaries(_words, _values, max_size=4)),
+        requires=tuple(
+            draw(st.lists(st.sampled_from(["torch>=2.6", "numpy", "a<2; python_version<'3.12'"]), unique=True))
+        ),
+        capabilities=frozenset(draw(st.lists(_safe_words, max_size=3))),
+        call=draw(st.none() | call_specs()),
+        outputs=draw(st.none() | output_specs()),
+        created_at=draw(_times),
+        created_in=draw(st.none() | st.just(Environment(python="3.11.7", packages={"torch": "2.13"}))),
+        expires_at=draw(st.none() | _times),
+        code=draw(st.none() | st.just(CodeEntry(entry="a.b:C", files=tuple(sorted(others))))),
+    )
