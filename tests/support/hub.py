@@ -7,24 +7,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
 
-from support.swaps import build
+import hotglm
+from hotglm.migration.tensor_spec import TensorSpec
+from support.swaps import build, same_bits, same_state
 
 __all__ = [
     "FAMILIES",
     "IDS",
     "OwnLlama",
+    "expect",
     "generate",
+    "hold",
     "make",
     "make_own",
+    "one_thread",
     "read_checkpoint",
+    "refuse",
     "registered",
     "run",
     "save",
+    "specs_of",
     "write_checkpoint",
 ]
 
@@ -170,3 +178,38 @@ def registered(name: str, entries: list[Any]) -> Iterator[None]:
     finally:
         conversion_mapping._checkpoint_conversion_mapping_cache.pop(name)
         conversion_mapping.USER_REGISTERED_MAPPINGS.discard(name)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products spend their time waiting for threads, on a busy machine a hundred times what they compute."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def hold(model: Any) -> hotglm.ModuleSlot:
+    return hotglm.ModuleSlot(model, name="model", version="1.0.0")
+
+
+def expect(slot: hotglm.ModuleSlot, cold: Any) -> None:
+    """Expect everything that a pass, a generation or a look at the state can show to be that of a cold start."""
+    assert same_state(slot, cold)
+    assert same_bits(dict(slot.named_parameters()), dict(cold.named_parameters()))
+    assert same_bits(run(slot), run(cold))
+    assert same_bits(generate(slot), generate(cold))
+
+
+def refuse(slot: hotglm.ModuleSlot, source: Any, error: type[hotglm.HotglmError], **options: Any) -> hotglm.HotglmError:
+    """Return the error that refuses an update, having seen that what was live still serves, bit for bit."""
+    before, version = run(slot), slot.version
+    with pytest.raises(error) as caught:
+        slot.update(source, **options)
+    assert same_bits(run(slot), before)
+    assert (slot.version, len(slot.history)) == (version, 1)
+    return caught.value
+
+
+def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(dtype=str(t.dtype)[6:], shape=tuple(t.shape)) for name, t in tensors.items()}
