@@ -119,6 +119,34 @@ def test_newer_code_may_round_otherwise_and_no_more(tmp_path: Path, newer: type[
         hotglm.versioned(NAME, "1.0.0", config=Config)(Ranker)
 
 
+@dataclass
+class WideConfig:
+    size: int = 3
+
+
+def test_a_golden_of_a_class_that_is_gone_comes_by_migration(tmp_path: Path) -> None:
+    """A version whose class was deleted loads under today's class, weights and config by way of their migrations."""
+    name = "golden-migrated"
+    testing.make_golden(make_ranker(5), tmp_path, inputs={"x": torch.ones(2, 5)}, name=name, version="1.0")
+
+    @hotglm.versioned(name, "2.0", config=WideConfig)
+    class Today(nn.Module):
+        def __init__(self, config: WideConfig) -> None:
+            super().__init__()
+            self.config = config
+            self.head = nn.Linear(config.size, 2)
+
+        def forward(self, x: torch.Tensor) -> Output:
+            logits = self.head(x)
+            return Output(logits=logits, extras={"best": logits.argmax(-1), "shape": tuple(x.shape), "none": None})
+
+    migrations = hotglm.migrations_of(Today)
+    migrations.state("1.0", "2.0", [hotglm.Rename(r"linear\.(.*)", r"head.\1")])
+    migrations.config("1.0", "2.0", [hotglm.RenameField("width", "size")])
+    (proof,) = testing.assert_goldens_load(tmp_path)
+    assert (str(proof.code_version), proof.is_exact) == ("2.0", False)
+
+
 def test_what_is_wrong_with_each_golden_is_named(tmp_path: Path) -> None:
     """Of several goldens each that fails is named; a declared one may, and one that loads again is reported."""
     testing.make_golden(make_ranker(), tmp_path, inputs=X)

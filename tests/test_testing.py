@@ -152,6 +152,17 @@ def test_an_update_that_is_refused_under_traffic_raises_its_error(slot: hotglm.M
     assert slot(X).equal(answer(0))
 
 
+def test_an_update_that_raises_and_was_made_all_the_same_is_caught(slot: hotglm.ModuleSlot) -> None:
+    """A change that raises after it took effect is caught: passes give the new answer, where the old one is due."""
+
+    def half() -> None:
+        slot.update(make_state(1), version="1.0.1")
+        raise KeyError("planted")
+
+    with pytest.raises(AssertionError, match="one version that was live"):
+        testing.assert_no_torn_pass(slot, half, inputs=X, after=answer(1))
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

@@ -92,7 +92,7 @@ def assert_no_torn_pass(
     """Run `change` while threads call the slot, and see that each pass is of one version; return how many passes ran.
 
     A pass that ran while `change` did gives the old answer or the new one; one that began after it gives the new one.
-    Where `change` raises, every pass must have given the old answer, and its error is raised.
+    Where `change` raises, passes that begin after it must give the old answer, and its error is raised.
 
     Args:
         slot: the slot.
@@ -106,11 +106,12 @@ def assert_no_torn_pass(
         AssertionError: a pass was torn, came too late or raised.
     """
     with Traffic(slot, inputs, num_threads=num_threads, tolerance=tolerance) as traffic:
+        before = traffic.ask()
         traffic.announce(after)
         try:
             change()
         except BaseException:
-            traffic.announce(traffic.ask())
+            traffic.announce(before)
             traffic.settle()
             raise
         traffic.settle()
