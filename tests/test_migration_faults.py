@@ -17,6 +17,7 @@ from hotglm.migration.expression import Expression, TensorSpec
 from hotglm.migration.operation import Operation
 from hotglm.weights.evaluation import Evaluation
 from hotglm.weights.scratch import Workspace
+from support.buffers import make_slot
 from support.evaluation import bits
 
 Tensors = Mapping[str, torch.Tensor]
@@ -130,21 +131,6 @@ def test_a_chain_may_be_longer_than_python_recurses(kind: str, num_steps: int) -
 
 
 # -- values and functions ----------------------------------------------------------------------------------------------
-
-
-def make_slot(migrations: hotglm.Migrations, **tensors: torch.Tensor) -> hotglm.ModuleSlot:
-    """Return a slot that runs buffers as version 2.0."""
-
-    class Holder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name, tensor in tensors.items():
-                self.register_buffer(name, tensor)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    return hotglm.ModuleSlot(Holder(), name="ranker", version="2.0", migrations=migrations, accept="major")
 
 
 @pytest.mark.parametrize(

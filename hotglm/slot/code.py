@@ -32,7 +32,15 @@ from hotglm.model.inspection import contract_of
 from hotglm.model.registry import Definition, find_definition, find_definitions, find_migrations, read_config
 from hotglm.slot.conversion import convert_offer
 from hotglm.slot.generation import Generation
-from hotglm.slot.migrating import migrate_config, migrate_offer, stamp_offer, upgrade_offer
+from hotglm.slot.migrating import (
+    find_gap,
+    hides_values,
+    migrate_config,
+    migrate_offer,
+    stamp_offer,
+    upgrade_offer,
+    verify_told,
+)
 from hotglm.slot.source import Offer
 from hotglm.version import Version, VersionRange
 from hotglm.weights.dtypes import TORCH_DTYPES
@@ -69,7 +77,11 @@ class Code:
     def can_hold(self, version: Version | None) -> bool:
         """Whether it can read `version`, and what it is offered fills it."""
         readable = self.reads is None or version is None or version in self.reads
-        return readable and next(find_unfilled(self.contract, self.offer.contract), None) is None
+        return (
+            readable
+            and not hides_values(self.gap)
+            and next(find_unfilled(self.contract, self.offer.contract), None) is None
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +159,12 @@ def _choose_unversioned(question: Question, own: Definition | None) -> Code:
     migrations, live = question.migrations_of(own), question.live
     if migrations is None:
         return _current(question)
+    code_version = own.version if own is not None else live.code_version
     with contextlib.suppress(DefinitionError):  # its config is one of another version
         current = _current(question)
         if current.can_hold(None):
+            verify_told(question.offer, migrations, code=code_version)
             return current
-    code_version = own.version if own is not None else live.code_version
     stamped = stamp_offer(question.offer, migrations, code=code_version, contract=live.contract)
     return replace(_current(replace(question, version=stamped, is_stamped=True)), stamped=stamped)
 
@@ -226,18 +239,19 @@ def _adapt(question: Question, definition: Definition | None) -> _Adapted:
     """Return the offer as it is for a class, or for the live structure of none, and why it could not be migrated."""
     offer, gap = question.offer, None
     migrations, version = question.migrations_of(definition), question.version
+    code_version = definition.version if definition is not None else question.live.code_version
     if migrations is not None and version is not None:
         try:
             offer = migrate_offer(
                 offer,
                 migrations,
                 version=version,
-                code=definition.version if definition is not None else question.live.code_version,
+                code=code_version,
                 takes_config=definition is not None and definition.config is not None and question.config is None,
                 is_stamped=question.is_stamped,
             )
         except NoPathError as error:
-            gap = error
+            gap = find_gap(error, offer, migrations, version=version, code=code_version)
     if question.config is not None:
         offer = replace(offer, config=MappingProxyType(dict(question.config)))
     return offer, gap

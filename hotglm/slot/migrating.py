@@ -7,12 +7,19 @@ Rules this module keeps:
   verdict names if it refuses; one that is ambiguous, or that does not fit the tensors, is an error.
 - Weights without a version are never guessed at: they are used as they are where they fit, else stamped where exactly
   one known layout leads to the code's, else refused.
+- That tensors fit proves nothing where a step changes values and neither names nor shapes ([Note: silent steps]).
+
+[Note: silent steps]
+A factor, a square transpose or a free function may leave every name, dtype and shape as it was. Where such a step lies
+between an offer and the code, or may lie there because a file carries no version, tensors that fit may still be those
+of the other layout. They are refused, then, unless a path says what they are: to load them would give wrong answers and
+no error. A mapping without a version is taken to come from the code that runs, as ever.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -21,10 +28,11 @@ from torch import nn
 
 from hotglm import seam
 from hotglm.contract import Contract
-from hotglm.errors import MigrationError, MigrationStepError, NoPathError, UnknownVersionError
+from hotglm.errors import MigrationError, MigrationStepError, NoPathError, Problem, UnknownVersionError
 from hotglm.migration.expression import Expression, Source, TensorSpec
 from hotglm.migration.plan import MigrationPath, StatePlan
 from hotglm.migration.registry import Migrations
+from hotglm.migration.step import Hop, Step
 from hotglm.model.module_versions import carry_module_versions, plan_upgrade
 from hotglm.slot.source import Migration, Offer
 from hotglm.verdict import Finding
@@ -34,6 +42,7 @@ from hotglm.weights.evaluation import find_steps
 __all__ = ["describe_gap", "migrate_config", "migrate_offer", "stamp_offer", "upgrade_offer"]
 
 
+_SILENT = "SILENT_STEP"
 _NUM_LINES = 40
 """Lines of a path that a receipt keeps."""
 
@@ -137,6 +146,71 @@ def stamp_offer(offer: Offer, migrations: Migrations, *, code: Version, contract
         if wanted[0] == wanted[1]:
             raise
         return migrations.find_version(specs, config, code, wanted[1])
+
+
+def find_gap(gap: NoPathError, offer: Offer, migrations: Migrations, *, version: Version, code: Version) -> NoPathError:
+    """Return `gap`, naming the silent steps that lie between the weights and the code, if any do."""
+    low, high = sorted((version, code))
+    between = [step for step in migrations.history() if low < step.target <= high]
+    silent = [_describe_silent(step) for step in _find_silent(offer, between, name=migrations.name)]
+    return NoPathError(gap.message, problems=[*gap.problems, *silent], remedy=gap.remedy) if silent else gap
+
+
+def hides_values(gap: NoPathError | None) -> bool:
+    """Tell whether tensors that fit may still be those of another layout, because of a silent step in the gap."""
+    return gap is not None and any(problem.code == _SILENT for problem in gap.problems)
+
+
+def verify_told(offer: Offer, migrations: Migrations, *, code: Version) -> None:
+    """Refuse files without a version that fit the code, if by a known silent step they may be of another layout.
+
+    Raises:
+        UnknownVersionError: naming the steps.
+    """
+    if offer.files is None:
+        return
+    silent = _find_silent(offer, migrations.history(), name=migrations.name)
+    silent = [step for step in silent if step.target > code or _fits_config(offer, step, name=migrations.name)]
+    if silent:
+        raise UnknownVersionError(
+            f"Expected files that tell which version of {migrations.name!r} they are, got some that fit {code} as well "
+            "as what came before or after a step that only changes values.",
+            problems=[_describe_silent(step) for step in silent],
+            remedy="say which version it is: pass version=..., or write it into the file (hotglm.save_weights).",
+        )
+
+
+def _find_silent(offer: Offer, steps: Sequence[Step], *, name: str) -> list[Step]:
+    """Return the steps that make something else of the tensors of `offer`, of the same names, dtypes and shapes."""
+    specs, silent = _find_specs(offer.contract), []
+    for step in steps:
+        if not step.state:
+            continue
+        with contextlib.suppress(MigrationStepError):
+            plan = _take_up(step, name=name).plan_state(specs)
+            if dict(plan.specs) == specs and not plan.is_identity:
+                silent.append(step)
+    return silent
+
+
+def _fits_config(offer: Offer, step: Step, *, name: str) -> bool:
+    try:
+        if offer.config is not None:
+            _take_up(step, name=name).migrate_config(dict(offer.config))
+    except MigrationStepError:
+        return False
+    return True
+
+
+def _take_up(step: Step, *, name: str) -> MigrationPath:
+    return MigrationPath(name=name, source=step.source.low, target=step.target, hops=(Hop(step=step, is_up=True),))
+
+
+def _describe_silent(step: Step) -> Problem:
+    return Problem(
+        code=_SILENT,
+        message=f"Expected names and shapes to tell whether {step} is still to be done, got a step that keeps both.",
+    )
 
 
 def migrate_config(

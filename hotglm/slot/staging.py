@@ -41,7 +41,7 @@ from hotglm.release.files import WeightFiles
 from hotglm.slot.checks import GradMode, StagePolicy, promise_outputs, run_checks
 from hotglm.slot.code import Code, Question, choose_code
 from hotglm.slot.generation import Generation
-from hotglm.slot.migrating import describe_gap
+from hotglm.slot.migrating import describe_gap, hides_values
 from hotglm.slot.source import Offer, Source, open_source
 from hotglm.slot.spare import Spares, TakenSpare
 from hotglm.slot.staged import Staged, StageRecord
@@ -190,7 +190,7 @@ class _Stage:
             accept=request.accept,
             environment=read_environment((*offer.requires, *code.contract.requires)),
         )
-        if code.gap is not None and not verdict.accepted:
+        if code.gap is not None and (hides_values(code.gap) or not verdict.accepted):
             verdict = replace(verdict, findings=(describe_gap(code.gap), *verdict.findings))
         self._record.verdict = verdict
         verdict.raise_if_refused()
