@@ -243,6 +243,26 @@ def test_a_migration_on_disk_holds_one_unit_at_a_time(tmp_path: Path) -> None:
     assert peak < min(4, count_cores()) * 2 * nbytes + (4 << 20), peak
 
 
+def test_long_chains_of_operations_are_the_same_on_disk(tmp_path: Path) -> None:
+    """Outputs that share hundreds of operations, more than Python recurses, are each what they are on load."""
+    steps = hotglm.Migrations("long")
+    chain: list[Any] = []
+    for index in range(400):
+        chain += [hotglm.Scale("w", 1.1 if index % 2 else 0.9), hotglm.Transpose("w", 0, 1)]
+    parts = [hotglm.Split("w", ("a", "b", "c"), dim=1), hotglm.Scale("b", 0.3), hotglm.Scale("c", 0.7)]
+    steps.state("1", "2", [*chain, *parts])
+    path = tmp_path / "w.safetensors"
+    save_file({"w": torch.randn(6, 6, generator=torch.Generator().manual_seed(0))}, path)
+    plan = steps.plan("1", "2").plan_state({"w": hotglm.TensorSpec(dtype="float32", shape=(6, 6))})
+    loaded = _load(path, plan)
+    hotglm.migrate_weights(path, tmp_path / "new.safetensors", migrations=steps, to="2", version="1")
+    assert _same(load_file(tmp_path / "new.safetensors"), loaded)
+    expected = load_file(path)["w"]
+    for index in range(400):
+        expected = (expected * (1.1 if index % 2 else 0.9)).T
+    assert _same(loaded, {"a": expected[:, :2], "b": expected[:, 2:4] * 0.3, "c": expected[:, 4:] * 0.7})
+
+
 def test_progress_ends_at_the_size_of_the_source(tmp_path: Path) -> None:
     """Progress grows to the bytes of the source and never beyond."""
     path = _save_family("1.0", tmp_path / "w.safetensors")

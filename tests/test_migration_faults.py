@@ -44,7 +44,7 @@ def plan(migrations: hotglm.Migrations, tensors: Tensors, source: str = "1.0", t
 
 def run(outputs: Mapping[str, Expression], tensors: Tensors) -> dict[str, torch.Tensor]:
     """Compute expressions as a load does."""
-    evaluation = Evaluation(tensors, work=Workspace(None), steps={})
+    evaluation = Evaluation(tensors, work=Workspace(None))
     made = {name: torch.empty(e.spec.shape, dtype=getattr(torch, e.spec.dtype)) for name, e in outputs.items()}
     for name, view in made.items():
         evaluation.write(outputs[name], view)

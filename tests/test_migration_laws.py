@@ -44,7 +44,7 @@ def run(operations: list[Operation], state: Mapping[str, TensorSpec]) -> dict[st
 def write(outputs: Mapping[str, Expression], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Evaluate as a load does: each output written into memory that is there already."""
     work = SCRATCH.open(count_room(outputs.values(), has_calls=False))
-    evaluation = Evaluation(tensors, work=work, steps={})
+    evaluation = Evaluation(tensors, work=work)
     made = {}
     for name, expression in outputs.items():
         view = torch.empty(expression.spec.shape, dtype=getattr(torch, expression.spec.dtype))

@@ -32,7 +32,7 @@ from hotglm.release.files import CONFIG_KEY, WeightFiles, open_weights
 from hotglm.release.migration import VERSION_KEY, FileMigration, plan_file_migration
 from hotglm.version import Version
 from hotglm.weights.digest import format_digest, tensor_bytes, view_buffer
-from hotglm.weights.evaluation import Evaluation, count_room, find_steps, has_call
+from hotglm.weights.evaluation import Evaluation, count_room, has_call
 from hotglm.weights.loader import make_turn
 from hotglm.weights.operands import Operands
 from hotglm.weights.proof import Loaded, LoadOptions
@@ -96,7 +96,6 @@ class _Writer:
     ) -> None:
         self._files = files
         self._plan = migration.plan
-        self._steps = find_steps(migration.path)
         self._entries = {entry.name: entry for entry in lay_out_entries(migration.plan.specs)}
         self._metadata = _describe(files, migration, to=to)
         self.digests = dict.fromkeys(self._entries, _NO_DIGEST)
@@ -137,7 +136,7 @@ class _Writer:
         room = self._operands.count_room(needed, owned=calls) + count_room(outputs, has_calls=calls)
         work = self._scratch.open(room + max(align(output.spec.nbytes) for output in outputs))
         operands = self._operands.read(needed, owned=calls, work=work)
-        evaluation = Evaluation(operands, work=work, steps=self._steps)
+        evaluation = Evaluation(operands, work=work)
         mark = work.mark()
         for name, output in zip(names, outputs, strict=True):
             try:

@@ -37,7 +37,6 @@ from hotglm.model.module_versions import carry_module_versions, plan_upgrade
 from hotglm.slot.source import Migration, Offer
 from hotglm.verdict import Finding
 from hotglm.version import Version
-from hotglm.weights.evaluation import find_steps
 
 __all__ = ["describe_gap", "migrate_config", "migrate_offer", "stamp_offer", "upgrade_offer"]
 
@@ -74,7 +73,7 @@ def migrate_offer(
     for _ in path.hops:
         seam.active.reach("migration_step")
     lines = _describe(path, version, is_stamped=is_stamped)
-    return _with_plan(offer, plan, config=config, lines=lines, steps=find_steps(path))
+    return _with_plan(offer, plan, config=config, lines=lines)
 
 
 def _plan_state(path: MigrationPath, offer: Offer) -> StatePlan:
@@ -124,7 +123,6 @@ def upgrade_offer(offer: Offer, module: nn.Module) -> Offer:
         StatePlan(outputs=upgrade.outputs, sources=sources),
         config=offer.config,
         lines=lines,
-        steps=before.steps if before is not None else {},
     )
 
 
@@ -230,11 +228,9 @@ def describe_gap(gap: NoPathError) -> Finding:
     return Finding(code=NoPathError.code, message=message, refuses=True, remedy=remedy)
 
 
-def _with_plan(
-    offer: Offer, plan: StatePlan, *, config: Mapping[str, Any] | None, lines: tuple[str, ...], steps: Mapping[str, str]
-) -> Offer:
+def _with_plan(offer: Offer, plan: StatePlan, *, config: Mapping[str, Any] | None, lines: tuple[str, ...]) -> Offer:
     tensors = {name: (output.spec.dtype, output.spec.shape) for name, output in plan.outputs.items()}
-    migration = Migration(plan=plan, lines=lines, steps=steps)
+    migration = Migration(plan=plan, lines=lines)
     return replace(offer, contract=Contract.of_tensors(tensors), config=config, migration=migration)
 
 

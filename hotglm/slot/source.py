@@ -45,12 +45,10 @@ class Migration:
     Attributes:
         plan: how each tensor comes about.
         lines: what is done, in words, one line for each step.
-        steps: the step that each free function belongs to.
     """
 
     plan: StatePlan
     lines: tuple[str, ...]
-    steps: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -347,9 +347,7 @@ class _Stage:
 def _load_offer(offer: Offer, targets: Mapping[str, Target], *, lease: Lease, options: LoadOptions) -> Loaded:
     source = offer.files if offer.files is not None else offer.tensors or {}
     if offer.migration is not None:
-        return load_migrated(
-            source, offer.migration.plan, targets, lease=lease, options=options, steps=offer.migration.steps
-        )
+        return load_migrated(source, offer.migration.plan, targets, lease=lease, options=options)
     if isinstance(source, WeightFiles):
         return load_files(source, targets, lease=lease, options=options)
     return load_tensors(source, targets, options=options)

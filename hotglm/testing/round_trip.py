@@ -16,7 +16,7 @@ from hotglm.migration.tensor_spec import TensorSpec
 from hotglm.testing.traffic import describe_differences
 from hotglm.version import Version
 from hotglm.weights.dtypes import TORCH_DTYPES, dtype_name
-from hotglm.weights.evaluation import Evaluation, find_steps
+from hotglm.weights.evaluation import Evaluation
 from hotglm.weights.scratch import Workspace
 
 __all__ = ["assert_round_trip", "migrate_state"]
@@ -45,7 +45,7 @@ def migrate_state(
     operands = {name: tensor.detach() for name, tensor in state.items()}
     specs = {name: TensorSpec(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for name, t in operands.items()}
     plan = path.plan_state(specs)
-    evaluation = Evaluation(operands, work=Workspace(None), steps=find_steps(path))
+    evaluation = Evaluation(operands, work=Workspace(None))
     found: dict[str, torch.Tensor] = {}
     for name, expression in plan.outputs.items():
         found[name] = torch.empty(expression.spec.shape, dtype=TORCH_DTYPES[expression.spec.dtype])

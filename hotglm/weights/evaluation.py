@@ -34,14 +34,12 @@ from hotglm.migration.expression import (
     find_nodes,
 )
 from hotglm.migration.initialisers import Constant, Normal, Ones, Zeros
-from hotglm.migration.operations import Apply
-from hotglm.migration.plan import MigrationPath
 from hotglm.problem import describe_exception
 from hotglm.weights.digest import tensor_bytes
 from hotglm.weights.dtypes import TORCH_DTYPES, dtype_name
 from hotglm.weights.scratch import Workspace, align
 
-__all__ = ["Evaluation", "count_room", "find_steps", "has_call"]
+__all__ = ["Evaluation", "count_room", "has_call"]
 
 _NATIVE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Floating-point dtypes that torch multiplies on the CPU; others are multiplied as float32, which holds them."""
@@ -53,17 +51,15 @@ _MAX_DEPTH = 50
 class Evaluation:
     """The expressions over one set of source tensors; in one thread."""
 
-    def __init__(self, operands: Mapping[str, torch.Tensor], *, work: Workspace, steps: Mapping[str, str]) -> None:
+    def __init__(self, operands: Mapping[str, torch.Tensor], *, work: Workspace) -> None:
         """Take the operands.
 
         Args:
             operands: the source tensors by name: on the CPU, without gradient, not to be written.
             work: memory for what is computed on the way, of `count_room` bytes.
-            steps: the step that each free function belongs to, by its label (see `find_steps`).
         """
         self._operands = operands
         self._work = work
-        self._steps = steps
         self._called: dict[object, Mapping[str, torch.Tensor]] = {}
         self._deep: dict[Expression, torch.Tensor] = {}
 
@@ -81,7 +77,6 @@ class Evaluation:
                 self._write(expression, view)
             else:
                 view.copy_(self._value(expression))
-        self._deep.clear()
         if not self._called:  # what a function returned may be a view of what it was given
             self._work.reset(mark)
 
@@ -93,6 +88,7 @@ class Evaluation:
 
     def _compute_deep(self, expression: Expression) -> None:
         """Compute what lies deep inside first, so that Python does not recurse as far as a chain of steps is long."""
+        self._deep.clear()  # what stood in the workspace for the output before may be written over by now
         for node in find_nodes([expression]) if expression.depth > _MAX_DEPTH else ():
             if node is not expression and node.depth % _MAX_DEPTH == 0:
                 self._deep[node] = self._value(node)
@@ -188,15 +184,8 @@ class Evaluation:
         found = self._called.get(key)
         if found is None:
             given = dict(zip(call.reads, map(self._value, call.operands), strict=True))
-            found = self._called[key] = _run_function(call, given, call.step or self._steps.get(call.label))
+            found = self._called[key] = _run_function(call, given, call.step)
         return found
-
-
-def find_steps(path: MigrationPath) -> dict[str, str]:
-    """Return the step that each free function of a path belongs to, by the function's label."""
-    return {
-        operation.label: str(hop) for hop in path.hops for operation in hop.operations if isinstance(operation, Apply)
-    }
 
 
 def count_room(outputs: Iterable[Expression], *, has_calls: bool) -> int:

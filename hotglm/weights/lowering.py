@@ -17,6 +17,10 @@ from hotglm.migration.expression import Expression, Join, Narrow, Reshaped, Sele
 __all__ = ["ByteRun", "find_byte_runs"]
 
 
+_MAX_DEPTH = 200
+"""Nodes of an expression that are followed by recursion; what is deeper is computed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteRun:
     """Consecutive bytes of one source tensor: `nbytes` from its byte `start`."""
@@ -37,7 +41,7 @@ def find_byte_runs(expression: Expression) -> tuple[ByteRun, ...] | None:
     Whole sources are runs, under any name and shape, and so are ranges along the outermost dimension that has more
     than one element, and whatever is joined or stacked along such a one.
     """
-    runs = _lower(expression)
+    runs = _lower(expression) if expression.depth <= _MAX_DEPTH else None
     return None if runs is None else tuple(_merge(runs))
 
 

@@ -29,7 +29,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 
 import torch
 
@@ -68,7 +67,6 @@ def load_migrated(
     *,
     lease: Lease,
     options: LoadOptions,
-    steps: Mapping[str, str] = MappingProxyType({}),
 ) -> Loaded:
     """Bring the tensors of `source` into the layout of `targets`, by way of `plan`.
 
@@ -78,7 +76,6 @@ def load_migrated(
         targets: where each name goes.
         lease: the memory that the targets are views of.
         options: how; `expected` are digests of source tensors, and `report` counts bytes of the source.
-        steps: the step that each free function belongs to (`find_steps`), for the error that names it.
 
     Raises:
         MigrationStepError: a free function failed; it, its step and its tensors are named.
@@ -86,7 +83,7 @@ def load_migrated(
         DigestMismatchError, TensorValueError, NonFiniteError: bytes are not acceptable; all are named.
         MemoryPlanError: there is no memory for the operands.
     """
-    job = _Job(source, plan, targets, lease=lease, options=options, steps=steps)
+    job = _Job(source, plan, targets, lease=lease, options=options)
     nbytes = sum(spec.nbytes for spec in plan.sources.values())
     job.report_unread()
     run_load(job.plan_firsts(), options, nbytes=nbytes)
@@ -108,9 +105,7 @@ class _Job:
         *,
         lease: Lease,
         options: LoadOptions,
-        steps: Mapping[str, str],
     ) -> None:
-        self._steps = steps
         self.loaded = Loaded()
         self._turn = make_turn(options)
         self._scratch = Scratch()
@@ -319,7 +314,7 @@ class _Job:
         needed = self._find_needed(unit, names)
         room = self.operands.count_room(needed, owned=calls) + count_room(outputs, has_calls=calls)
         work = self._scratch.open(room)
-        return Evaluation(self.operands.read(needed, owned=calls, work=work), work=work, steps=self._steps)
+        return Evaluation(self.operands.read(needed, owned=calls, work=work), work=work)
 
     def _prove(self, name: str, digest: str | None, *, is_first: bool = True) -> None:
         target = self._targets[name]
