@@ -178,6 +178,34 @@ def test_an_operation_does_what_it_says(
     assert_same(run(operation, before), after)
 
 
+THERE_AND_BACK = [
+    hotglm.Permute("w", (2, 0, 1)),
+    hotglm.Permute("w", (-2, -1, 0)),
+    hotglm.Transpose("w", 0, -1),
+    hotglm.Reshape("w", (4, -1), was=(2, -1, 4)),
+    hotglm.Pad("w", 1, before=2, value=9),
+    hotglm.Pad("w", -1, before=1, after=3),
+    hotglm.Split("w", ("a", "b"), dim=1, sizes=(2, 1)),
+    hotglm.Unstack("w", ("a", "b", "c", "d"), dim=-1),
+    hotglm.Cast("w", "float64", was=F32),
+    hotglm.Scale("w", -0.25),
+    hotglm.Untie(("w", "v", "u")),
+    hotglm.Rename("w", "a[0]"),
+    hotglm.Add("a[0]", (2,), F32, hotglm.Ones()),
+]
+
+
+@pytest.mark.parametrize("operation", THERE_AND_BACK, ids=str)
+def test_an_operation_there_and_back_is_nothing(operation: Operation) -> None:
+    """Each kind of operation, written out and undone, gives the bits that one came from; so does the inverse."""
+    tensors = {"w": X}
+    inverse = inverse_of(operation)
+    there = run(operation, tensors)
+    assert_same(run(inverse, there), tensors)
+    if (again := inverse.inverse()) is not None:
+        assert_same(run(again, tensors), there)
+
+
 def test_dropping_with_restore_comes_back() -> None:
     """What was dropped comes back as restore says, also one for every layer."""
     state = {f"layers.{n}.{part}": spec(2) for n in range(3) for part in ("w", "ids")}
