@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hotglm
 from hotglm.errors import MigrationStepError
@@ -329,3 +330,23 @@ def test_zeros_of_either_sign_stay_what_they_are() -> None:
     tensors = {"a": torch.ones(1)}
     migrations = make(hotglm.Pad("a", 0, after=1, value=0.0), hotglm.Pad("a", 0, after=1, value=-0.0))
     assert bits(run(plan(migrations, tensors).outputs, tensors)["a"]) == bits(torch.tensor([1.0, 0.0, -0.0]))
+
+
+def test_two_outputs_of_one_long_chain_are_each_computed_whole(tmp_path: Path) -> None:
+    """What was computed on the way to one output is not read again once its memory has been given to another."""
+    migrations = make(
+        *(hotglm.Scale("a", 3.0 if number % 2 else -0.5) for number in range(60)),
+        hotglm.Untie(("a", "b", "c")),
+        hotglm.Pad("b", 0, before=1, value=7.0),
+        hotglm.Scale("c", 5.0),
+    )
+    tensors = {"a": torch.arange(1.0, 300.0)}
+    hotglm.save_weights(tensors, tmp_path / "old.safetensors", version="1.0")
+    hotglm.migrate_weights(tmp_path / "old.safetensors", tmp_path / "new.safetensors", migrations=migrations, to="2.0")
+    wanted = tensors["a"]
+    for number in range(60):
+        wanted = wanted * (3.0 if number % 2 else -0.5)
+    found = load_file(tmp_path / "new.safetensors")
+    assert bits(found["a"]) == bits(wanted)
+    assert bits(found["b"]) == bits(torch.cat([torch.tensor([7.0]), wanted]))
+    assert bits(found["c"]) == bits(wanted * 5)
