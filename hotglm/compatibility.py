@@ -201,7 +201,7 @@ def find_incompatibilities(
     """Return what keeps `candidate` from getting along with the versions before it; empty when it does.
 
     Versions above the candidate's are not looked at: 1.4.3 may follow 1.4.2 when 2.0.0 is there. A version of the same
-    number is: a number is given once.
+    number is, a number is given once, unless it is the candidate itself, which a whole history has in it.
 
     Args:
         history: the versions of the name, in any order.
@@ -216,7 +216,8 @@ def find_incompatibilities(
     >>> [found.explain() for found in find_incompatibilities(history, candidate, CompatibilityMode.BACKWARD)]
     ["1.1.0 cannot read what 1.0.0 has stored: tensor 'w' went from shape [2] to [3]."]
     """
-    earlier = sorted((one for one in history if one.version <= candidate.version), key=lambda one: one.version)
+    earlier = [one for one in history if one.version <= candidate.version and one != candidate]
+    earlier.sort(key=lambda one: one.version)
     reach = earlier if mode.is_transitive else earlier[-1:]
     return [
         found

@@ -92,6 +92,15 @@ def test_transitive_modes_look_at_every_earlier_version() -> None:
     ]
 
 
+def test_a_history_may_have_the_candidate_in_it() -> None:
+    """A history that ends with the candidate hides nothing: the version before it is still the next earlier one."""
+    candidate = release("1.1.0", THREE)
+    history = [release("1.0.0", ONE)]
+    assert find(history, candidate, BACKWARD)
+    assert find([*history, candidate], candidate, BACKWARD) == find(history, candidate, BACKWARD)
+    assert find([*history, release("1.1.0", ONE)], candidate, BACKWARD)  # the same number given twice
+
+
 def test_versions_above_the_candidate_are_not_before_it() -> None:
     """A patch of an old line follows that line, not what came out meanwhile."""
     history = [release("1.4.2", ONE), release("2.0.0", THREE)]

@@ -350,3 +350,47 @@ def test_two_outputs_of_one_long_chain_are_each_computed_whole(tmp_path: Path) -
     assert bits(found["a"]) == bits(wanted)
     assert bits(found["b"]) == bits(torch.cat([torch.tensor([7.0]), wanted]))
     assert bits(found["c"]) == bits(wanted * 5)
+
+
+class _Counted(Workspace):
+    """Memory that counts how much is taken of it."""
+
+    nbytes = 0
+
+    def take(self, dtype: torch.dtype, shape: Any) -> torch.Tensor:
+        """Count, and take."""
+        found = super().take(dtype, shape)
+        self.nbytes += found.numel() * found.element_size()
+        return found
+
+
+def test_what_is_put_together_is_converted_where_it_stays() -> None:
+    """Tensors that are joined for code of another dtype are converted part by part, and take no memory in between."""
+    tensors = {"a": torch.randn(2, 3).bfloat16(), "b": torch.randn(2, 3).bfloat16()}
+    migrations = make(hotglm.Concatenate(("a", "b"), "c", dim=1), hotglm.Transpose("c", 0, 1))
+    work, view = _Counted(None), torch.empty(6, 2)
+    Evaluation(tensors, work=work).write(plan(migrations, tensors).outputs["c"], view)
+    assert bits(view) == bits(torch.cat([tensors["a"], tensors["b"]], 1).t().float())
+    assert work.nbytes == 0
+
+
+@pytest.mark.parametrize("operation", [hotglm.Scale("a", 1.1), hotglm.Pad("a", 0, after=1, value=0.1)])
+def test_what_is_computed_rounds_before_it_is_converted(operation: Operation) -> None:
+    """A value is computed in the dtype that the migration says, also where the code's is a wider one."""
+    tensors = {"a": torch.randn(5).bfloat16()}
+    output = plan(make(operation), tensors).outputs["a"]
+    wide = torch.empty(output.spec.shape)
+    Evaluation(tensors, work=Workspace(None)).write(output, wide)
+    assert bits(wide) == bits(run({"a": output}, tensors)["a"].float())
+
+
+def test_random_numbers_do_not_depend_on_where_they_go() -> None:
+    """Normal gives the same numbers in memory of any strides, also where they are drawn in several runs."""
+    output = plan(make(hotglm.Add("x", (1025, 1030), "float32", hotglm.Normal(1.0))), {}).outputs["x"]
+    evaluation = Evaluation({}, work=Workspace(None))
+    straight, across = torch.empty(1025, 1030), torch.empty(1030, 1025).t()
+    evaluation.write(output, straight)
+    evaluation.write(output, across)
+    assert bits(straight) == bits(across)
+    assert abs(straight.mean().item()) < 0.01
+    assert abs(straight[-100:].std().item() - 1) < 0.01

@@ -44,6 +44,9 @@ __all__ = ["Evaluation", "count_room", "has_call"]
 _NATIVE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Floating-point dtypes that torch multiplies on the CPU; others are multiplied as float32, which holds them."""
 
+_DRAWN_NUMEL = 1 << 20
+"""Random numbers that are drawn at a time; another number here gives other weights."""
+
 _MAX_DEPTH = 50
 """Nodes of an expression that are computed by recursion; each takes up to four of Python's frames, of about 1000."""
 
@@ -73,10 +76,7 @@ class Evaluation:
         mark = self._work.mark()
         with torch.no_grad():
             self._compute_deep(expression)
-            if dtype_name(view.dtype) == expression.spec.dtype:
-                self._write(expression, view)
-            else:
-                view.copy_(self._value(expression))
+            self._write(expression, view)
         if not self._called:  # what a function returned may be a view of what it was given
             self._work.reset(mark)
 
@@ -110,7 +110,9 @@ class Evaluation:
                 self._write(operand, view.permute(sorted(range(len(dims)), key=dims.__getitem__)))
             case Reshaped(operand=operand) if view.is_contiguous():
                 self._write(operand, view.view(operand.spec.shape))
-            case Padded(operand=operand, dim=dim, before=before, after=after, value=value):
+            case Padded(operand=operand, dim=dim, before=before, after=after, value=value) if _is_of_dtype(
+                view, expression
+            ):
                 length = operand.spec.shape[dim]
                 view.narrow(dim, 0, before).fill_(value)
                 view.narrow(dim, before + length, after).fill_(value)
@@ -119,6 +121,9 @@ class Evaluation:
                 self._write_leaf(expression, view)
 
     def _write_leaf(self, expression: Expression, view: torch.Tensor) -> None:
+        if not _is_of_dtype(view, expression):  # computed in its own dtype, so that every path to it rounds alike
+            view.copy_(self._value(expression))
+            return
         match expression:
             case Scaled(operand=operand, factor=factor):
                 _multiply(self._value(operand), factor, view)
@@ -239,14 +244,23 @@ def _fill(expression: Filled, view: torch.Tensor) -> None:
         case Constant(value=value):
             view.fill_(value)
         case Normal(std=std, seed=seed):
-            view.copy_(_draw(expression, std=std, seed=seed))
+            _draw(expression, view, std=std, seed=seed)
 
 
-def _draw(expression: Filled, *, std: float, seed: int) -> torch.Tensor:
-    """Return normal numbers: always drawn as contiguous float32, so that they do not depend on where they go."""
+def _draw(expression: Filled, view: torch.Tensor, *, std: float, seed: int) -> None:
+    """Write normal numbers: drawn as runs of float32 in row-major order, so that it does not matter where they go."""
     key = hashlib.sha256(f"{seed}\0{expression.name}".encode("utf-8", "surrogatepass")).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    return torch.empty(expression.spec.shape).normal_(0.0, std, generator=generator)
+    flat = view.view(-1) if view.is_contiguous() else torch.empty(view.numel())
+    for start in range(0, flat.numel(), _DRAWN_NUMEL):
+        part = flat[start : start + _DRAWN_NUMEL]
+        part.copy_(torch.empty(part.shape).normal_(0.0, std, generator=generator))
+    if not view.is_contiguous():
+        view.copy_(flat.view(view.shape))
+
+
+def _is_of_dtype(view: torch.Tensor, expression: Expression) -> bool:
+    return dtype_name(view.dtype) == expression.spec.dtype
 
 
 # -- free functions ----------------------------------------------------------------------------------------------------
