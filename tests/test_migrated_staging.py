@@ -261,6 +261,16 @@ def test_what_fits_as_it_is_is_not_stamped() -> None:
     assert torch.equal(slot.state_dict()["gain"], _make_old("2.1")["gain"])
 
 
+def test_what_fits_where_older_weights_were_migrated_is_of_the_codes_version() -> None:
+    """Weights without a version are named after the layout they have, not after the migrated ones that serve."""
+    slot = _make_slot()
+    slot.update(_make_old("1.0"), version="1.0")
+    assert (slot.live.is_migrated, str(slot.live.code_version)) == (True, "2.1")
+    slot.update(_make_old("2.1"))
+    assert str(slot.version).startswith("2.1+")
+    assert not slot.live.is_migrated
+
+
 def test_an_unknown_layout_is_refused() -> None:
     """Weights without a version that no known layout, or more than one, explains are refused; none is guessed."""
     slot = _make_slot()

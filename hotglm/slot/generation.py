@@ -72,7 +72,9 @@ class Generation:
         digests: digest of each tensor by name; empty where there is none.
         name: name of the slot.
         marks: its loose tensors as they were before passes ran in it.
-        code_version: version of its code; another than `version` where older or newer weights were brought to it.
+        code_version: version of its code, whose layout its tensors have; another than `version` where older or newer
+            weights were brought to it. A file of its tensors is to be given this one.
+        is_migrated: whether its tensors were brought to its code by a migration.
     """
 
     __slots__ = (
@@ -83,6 +85,7 @@ class Generation:
         "contract",
         "digest",
         "digests",
+        "is_migrated",
         "marks",
         "module",
         "name",
@@ -104,8 +107,10 @@ class Generation:
         lease: Callable[[], object | None] | None = None,
         marks: Marks | None = None,
         code_version: Version | None = None,
+        is_migrated: bool = False,
     ) -> None:
         """Put the parts together; made by slots only."""
+        self.is_migrated = is_migrated
         self.module = module
         self.number = number
         self.name = name

@@ -315,7 +315,7 @@ class ModuleSlot(ModuleFacade):
         """Return an independent slot around a deep copy of the live module, with the same settings."""
         with self.acquire() as generation:
             copied = ModuleSlot(copy.deepcopy(generation.module, memo), **self._options())
-            copied.live.code_version = generation.code_version
+            copied.live.code_version, copied.live.is_migrated = generation.code_version, generation.is_migrated
         memo[id(self)] = copied
         return copied
 
@@ -327,7 +327,7 @@ class ModuleSlot(ModuleFacade):
         """
         with self.acquire() as generation:
             module = pickle.dumps(generation.module, protocol)
-            return (_rebuild, (module, self._options(), str(generation.code_version)))
+            return (_rebuild, (module, self._options(), (str(generation.code_version), generation.is_migrated)))
 
 
 def _verify_settings(*, name: object, policy: object, memory: object, refresh: object, migrations: object) -> None:
@@ -346,9 +346,9 @@ def _verify_settings(*, name: object, policy: object, memory: object, refresh: o
         )
 
 
-def _rebuild(module: bytes, options: dict[str, Any], code_version: str) -> ModuleSlot:
+def _rebuild(module: bytes, options: dict[str, Any], code: tuple[str, bool]) -> ModuleSlot:
     slot = ModuleSlot(pickle.loads(module), **options)  # noqa: S301 - part of a pickle that is being read already
-    slot.live.code_version = Version(code_version)
+    slot.live.code_version, slot.live.is_migrated = Version(code[0]), code[1]
     return slot
 
 

@@ -289,6 +289,7 @@ class _Stage:
             lease=taken.lease.watch,
             marks=marks,
             code_version=code.version,
+            is_migrated=code.offer.migration is not None,
         )
 
     def _refresh(self, twin: Twin, loaded: Loaded) -> None:
@@ -341,7 +342,10 @@ class _Stage:
         if self._declared is not None:
             return self._declared
         label = (digest or "").partition(":")[2][:_LABEL_LENGTH]
-        return (code.stamped or self._request.live.version).with_local(label)
+        live = self._request.live
+        # Weights that fit as they are where others had to be migrated are not of the version that those were of.
+        base = code.version if live.is_migrated else live.version
+        return (code.stamped or base).with_local(label)
 
 
 def _load_offer(offer: Offer, targets: Mapping[str, Target], *, lease: Lease, options: LoadOptions) -> Loaded:
