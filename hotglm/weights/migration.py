@@ -18,8 +18,8 @@ unit stand, and what is computed on the way to one output of it: `peak <= spare 
 intermediates)`. An intermediate is an inner expression that is no view of its operand; the outputs themselves are
 written where they stay. Only units that are computed count; those that are read into the arena take nothing. With a
 mapping as source its tensors are the operands, and only a unit that calls a free function is given copies of them.
-What a free function takes and returns is its own, and comes on top, as does an output that is
-computed (scaled, padded, filled) for code of another dtype: it is converted once it is whole. Guarded by `tests/test_migrated_loading.py`.
+What a free function takes and returns is its own, and comes on top, as does an output that is computed (scaled, padded,
+filled) for code of another dtype: it is converted once it is whole. Guarded by `tests/test_migrated_loading.py`.
 """
 
 from __future__ import annotations
