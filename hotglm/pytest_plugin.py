@@ -33,6 +33,9 @@ __all__ = ["hotglm_cell", "hotglm_faults", "hotglm_goldens", "hotglm_model", "ho
 
 _NAMES = ("hotglm", "hotglm.pytest_plugin")
 _CELL, _STATUS = "hotglm.cell", "hotglm.status"
+_HAS_PASSED = pytest.StashKey[bool]()
+"""Whether the body of a test came to its end."""
+
 _SETTINGS = ("model", "running", "incoming", "axes", "expected")
 _MARKER = (
     "hotglm_matrix(model, running, incoming=None, axes={}, expected={}): run the test once for each running version, "
@@ -105,6 +108,20 @@ def _plan(nodeid: str, marker: pytest.Mark | None) -> tuple[tuple[Cell, ...], st
         return (), str(error)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Note the cell before anything of the test can fail or skip it, so that no cell is lost."""
+    cell = getattr(getattr(item, "callspec", None), "params", {}).get("hotglm_plan")
+    if isinstance(cell, Cell):
+        _record(item, CellResult(cell=cell, outcome=Outcome.NOT_RUN))
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Note whether the body of a test came to its end; the report is pytest's own."""
+    if call.when == "call":
+        item.stash[_HAS_PASSED] = call.excinfo is None
+
+
 # -- fixtures ----------------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +129,6 @@ def _plan(nodeid: str, marker: pytest.Mark | None) -> tuple[tuple[Cell, ...], st
 def hotglm_plan(request: pytest.FixtureRequest) -> Cell:
     """Return the cell that this test is run for: `.running`, `.incoming`, `.axis(name)`."""
     cell: Cell = request.param
-    _record(request.node, CellResult(cell=cell, outcome=Outcome.NOT_RUN))
     return cell
 
 
@@ -145,7 +161,7 @@ def hotglm_cell(
         skip=_skip,
     )
     yield run
-    if not run.was_asked:
+    if not run.was_asked and request.node.stash.get(_HAS_PASSED, False):  # one that failed or skipped said why
         pytest.fail("Expected the test to call hotglm_cell.verify(), got no call.", pytrace=False)
 
 

@@ -4,7 +4,8 @@ Rules this module keeps:
 
 - Results may come in any order and from any number of processes: everything is sorted here, so that the same results
   always give the same report.
-- Of two results of one cell (a test that was run again) the later one counts.
+- Of two results of one cell (a test with further parameters) the worse one counts, else one could hide the other; of a
+  test that was run again the reporter keeps the last result only.
 - Combinations of axes whose grids are alike are shown once, under all their names.
 """
 
@@ -124,14 +125,24 @@ class Matrix:
 
 def gather(results: Iterable[CellResult]) -> tuple[Matrix, ...]:
     """Return the matrices that `results` belong to, sorted by name."""
-    latest = {(result.cell.matrix, result.cell.id): result for result in results}
+    worst: dict[tuple[str, str], CellResult] = {}
+    for result in results:
+        key = (result.cell.matrix, result.cell.id)
+        if key not in worst or _badness(result) > _badness(worst[key]):
+            worst[key] = result
     by_name: dict[str, list[CellResult]] = {}
-    for result in latest.values():
+    for result in worst.values():
         by_name.setdefault(result.cell.matrix, []).append(result)
     return tuple(
         Matrix(name=name, model=found[0].cell.model, results=tuple(sorted(found, key=_order)))
         for name, found in sorted(by_name.items())
     )
+
+
+def _badness(result: CellResult) -> tuple[object, ...]:
+    """Return what results of one cell are ranked by: first what went wrong, last what was skipped."""
+    outcome = result.outcome
+    return outcome.is_bad, outcome is not Outcome.SKIPPED, result.message, result.codes, result.path
 
 
 def _order(result: CellResult) -> tuple[Version, Version, Axes]:
