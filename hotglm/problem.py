@@ -44,7 +44,7 @@ class Problem:
     def __str__(self) -> str:
         """Format as `CODE: message (file, tensor, offset)`."""
         where = [
-            *([f"file {self.file!r}"] if self.file is not None else []),
+            *([f"file {self.file!a}"] if self.file is not None else []),
             *([f"tensor {shorten_repr(self.tensor)}"] if self.tensor is not None else []),
             *([f"byte offset {self.offset}"] if self.offset is not None else []),
         ]

@@ -10,7 +10,7 @@ from typing import Any
 from hotglm.commands.command import NO, OK, Command
 from hotglm.commands.console import print_json, show_count
 from hotglm.errors import ArgumentError
-from hotglm.problem import describe_exception
+from hotglm.problem import describe_exception, escape_text
 
 __all__ = ["GOLDEN"]
 
@@ -92,7 +92,8 @@ def _verify(outcomes: list[Any], *, as_json: bool) -> int:
         )
     else:
         for outcome in outcomes:
-            print(outcome.proof if outcome.error is None else f"{outcome.label}: FAILED: {outcome.error}")
+            label = escape_text(outcome.label)
+            print(outcome.proof if outcome.error is None else f"{label}: FAILED: {outcome.error}")
         print(f"{show_count(len(outcomes), 'golden')}, {len(bad)} failed")
     return NO if bad or not outcomes else OK
 

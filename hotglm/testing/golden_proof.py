@@ -21,7 +21,7 @@ from torch import nn
 from hotglm.errors import DefinitionError, GoldenMismatchError, HotglmError, Problem
 from hotglm.model.recording import call_with
 from hotglm.model.registry import find_definition, find_definitions, find_migrations
-from hotglm.problem import describe_exception
+from hotglm.problem import describe_exception, escape_text
 from hotglm.slot.slot import ModuleSlot
 from hotglm.testing.assertions import find_codes
 from hotglm.testing.golden_tree import plain
@@ -51,7 +51,8 @@ class GoldenProof:
     def __str__(self) -> str:
         """Say it in a line."""
         how = "bit for bit" if self.is_exact else "within its tolerance"
-        return f"{self.name} {self.version}: loads under the code of {self.code_version}, answers as recorded {how}"
+        name = escape_text(self.name)
+        return f"{name} {self.version}: loads under the code of {self.code_version}, answers as recorded {how}"
 
 
 def verify_golden(golden: GoldenRelease, *, model: nn.Module | None = None) -> GoldenProof:

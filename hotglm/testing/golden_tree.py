@@ -10,6 +10,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,9 @@ def _pack(value: Any, where: str, tensors: dict[str, torch.Tensor], bad: list[Pr
     if isinstance(value, (tuple, list)):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [_pack(item, f"{where}.{index}", tensors, bad) for index, item in enumerate(value)]}
+    if isinstance(value, float) and not math.isfinite(value):
+        bad.append(_problem(where, repr(value)))
+        return None
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     bad.append(_problem(where, shorten_repr(type(value).__name__)))

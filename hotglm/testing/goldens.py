@@ -11,6 +11,7 @@ Rules this module keeps:
 
 - A golden is made once: one that is there is never written over, and one that is made appears whole or not at all.
 - Data only: nothing is unpickled or imported to read one, and its files are hashed before they are used.
+- A golden is what its directory says: one that was renamed, copied or lost a file is named as wrong, never passed over.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
@@ -147,6 +150,7 @@ def make_golden(
             "made_on": describe_machine(),
         }
         (partial / _DOCUMENT).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        _verify_readable(partial)
         os.rename(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -170,6 +174,17 @@ def _find_place(directory: Path, name: str, version: str) -> Path:
     return path
 
 
+def _verify_readable(partial: Path) -> None:
+    try:
+        _read(partial)
+    except HotglmError as error:
+        raise ArgumentError(
+            "Expected a golden that can be read again once it is made.",
+            problems=error.problems,
+            remedy="give arguments, outputs and a tolerance that can be kept as data; nothing was written.",
+        ) from error
+
+
 def _digest(file: Path) -> str:
     return format_digest(hashlib.sha256(file.read_bytes()).hexdigest())
 
@@ -189,9 +204,15 @@ def describe_machine() -> dict[str, str]:
 
 
 def find_goldens(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield the directory of every golden under `directory`, by name and version."""
+    """Yield the directory of every golden under `directory`, by name and version; those that lost a file as well."""
     with contextlib.suppress(OSError):
-        yield from sorted((found.parent for found in Path(directory).glob(f"*/*/{_DOCUMENT}")), key=_order)
+        found = {
+            path.parent
+            for file in (_DOCUMENT, _WEIGHTS, _TENSORS)
+            for path in Path(directory).glob(f"*/*/{file}")
+            if not path.parent.name.startswith(".")  # what a making that was killed has left behind
+        }
+        yield from sorted(found, key=_order)
 
 
 def _order(path: Path) -> tuple[str, Version, str]:
@@ -208,6 +229,15 @@ def read_golden(path: str | os.PathLike[str]) -> GoldenRelease:
         SourceError: it cannot be read, or is not as a golden is written. DigestMismatchError: a file is another one.
     """
     path = Path(path)
+    golden = _read(path)
+    place = path.resolve()
+    if (golden.name, str(golden.version)) != (place.parent.name, place.name):
+        kept = f"{golden.name} {golden.version}"
+        raise _unfit(path, f"the golden of {shorten_repr(f'{place.parent.name} {place.name}')}, got {kept!a}")
+    return golden
+
+
+def _read(path: Path) -> GoldenRelease:
     try:
         text = (path / _DOCUMENT).read_bytes()
         headline, file = f"Expected a golden in {str(path)!a}.", str(path / _DOCUMENT)
@@ -229,18 +259,30 @@ def read_golden(path: str | os.PathLike[str]) -> GoldenRelease:
         tensors = safetensors.torch.load((path / _TENSORS).read_bytes())
         return GoldenRelease(
             path=path,
-            name=document["name"],
+            name=_read_text(document["name"]),
             version=Version(document["version"]),
             inputs=unpack(document["inputs"], tensors),
             outputs=unpack(document["outputs"], tensors),
-            tolerance=Tolerance(rtol=document["rtol"], atol=document["atol"]),
-            made_on=document["made_on"],
+            tolerance=Tolerance(rtol=_read_number(document["rtol"]), atol=_read_number(document["atol"])),
+            made_on={_read_text(key): _read_text(value) for key, value in document["made_on"].items()},
             config=_read_config(path / _WEIGHTS),
         )
     except OSError as error:
         raise _unfit(path, f"its files, got {describe_exception(error)}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
         raise _unfit(path, f"its fields, got {describe_exception(error)}") from error
+
+
+def _read_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"no text: {shorten_repr(value)}")
+    return value
+
+
+def _read_number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"no tolerance: {shorten_repr(value)}")
+    return value
 
 
 def _read_config(weights: Path) -> Mapping[str, Any] | None:
