@@ -35,8 +35,8 @@ class FieldSpec:
         name: its name.
         type: its annotation as normalised text, empty for none; `Optional[int]`, `None | int` and `int | None` are one.
         has_default: whether a config may leave it out.
-        default: the default as text, e.g. `"128"`, or `"list()"` for what a factory makes; None where there is none,
-            or none that has a lasting text.
+        default: the default as text, e.g. `"128"`, or `"make_layers()"` for what a factory makes; None where there
+            is none, or none that has a lasting text.
     """
 
     name: str
@@ -107,7 +107,13 @@ def _spell_default(default: object, made: dataclasses.Field[Any] | None) -> str 
     return spell_value(default)
 
 
+_EMPTY: Mapping[object, object] = {list: [], dict: {}, tuple: (), set: set(), frozenset: frozenset(), str: ""}
+"""What these factories make, which may as well be written as a default."""
+
+
 def _spell_factory(factory: object) -> str | None:
+    if isinstance(factory, type) and factory in _EMPTY:
+        return spell_value(_EMPTY[factory])
     name = spell_value(factory)
     return None if name is None else f"{name}()"
 

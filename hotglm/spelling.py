@@ -2,7 +2,8 @@
 
 Rules this module keeps:
 
-- The text of an annotation does not change when a formatter rewrites it: `Optional[int]` is `int | None`.
+- The text of an annotation does not change when it is rewritten or imported otherwise: `Optional[int]` is `int | None`,
+  `typing.List` is `list`, quotes go, and of `pathlib.Path` only `Path` stays.
 - The text of a value is the same in every process: sets are sorted, and what has no such text (an object that prints
   its address, a lambda) is None, which means unknown and is never compared.
 - Nothing is evaluated. `repr` of a foreign type is foreign code; one that raises has no text.
@@ -11,11 +12,12 @@ Rules this module keeps:
 from __future__ import annotations
 
 import ast
+import dataclasses
 import enum
 import hashlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = ["spell_type", "spell_value"]
@@ -52,7 +54,31 @@ def _spell(value: object, *, depth: int) -> str | None:
     if isinstance(value, type) or inspect.isroutine(value):
         name = getattr(value, "__qualname__", "<lambda>")
         return None if "<" in name else str(name)
-    return None if type(value) in (*_BRACKETS, dict) else _spell_foreign(value)
+    if type(value) in (*_BRACKETS, dict):
+        return None
+    return _spell_record(value, depth=depth) if _is_record(value) else _spell_foreign(value)
+
+
+def _is_record(value: object) -> bool:
+    return dataclasses.is_dataclass(value) or isinstance(value, (*_BRACKETS, dict))
+
+
+def _spell_record(value: Any, *, depth: int) -> str | None:
+    """Spell what has parts of its own by these: in its `repr` a set would stand in the order of this process."""
+    if depth >= _MAX_DEPTH:
+        return None
+    try:
+        if isinstance(value, (*_BRACKETS, dict)) and not hasattr(value, "_fields"):
+            plain = next(base for base in (*_BRACKETS, dict) if isinstance(value, base))(value)
+            texts = [_spell_members(plain, depth=depth)]
+        else:
+            names = getattr(value, "_fields", None) or [field.name for field in dataclasses.fields(value)]
+            parts = [(name, _spell(getattr(value, name), depth=depth + 1)) for name in names]
+            texts = [None if text is None else f"{name}={text}" for name, text in parts]
+    except Exception:  # noqa: BLE001 - the parts of a foreign object are had by foreign code
+        return None
+    name = type(value).__qualname__
+    return None if "<" in name else _join((f"{name}(", ")"), texts)
 
 
 def _spell_members(value: Any, *, depth: int) -> str | None:
@@ -67,7 +93,7 @@ def _spell_members(value: Any, *, depth: int) -> str | None:
     return _join(_BRACKETS[type(value)], texts)
 
 
-def _join(brackets: str, texts: Iterable[str | None]) -> str | None:
+def _join(brackets: Sequence[str], texts: Iterable[str | None]) -> str | None:
     known = list(texts)
     return None if None in known else f"{brackets[0]}{', '.join(map(str, known))}{brackets[1]}"
 
@@ -93,23 +119,58 @@ def spell_type(annotation: object, *, module: str | None = None) -> str:
         return ""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation, base_module=module)
     try:
-        return ast.unparse(_UnionSpelling().visit(ast.parse(text.strip(), mode="eval")))
+        return ast.unparse(_Spelling().visit(_parse(text)))
     except (SyntaxError, ValueError, RecursionError):
         return " ".join(text.split())
 
 
-class _UnionSpelling(ast.NodeTransformer):
-    """Spell `typing.X` as `X`, and every union as `A | B` in alphabetical order with None last."""
+def _parse(text: str) -> ast.expr:
+    return ast.parse(text.strip(), mode="eval").body
+
+
+_BUILTINS = {
+    "DefaultDict": "defaultdict",
+    "Deque": "deque",
+    "Dict": "dict",
+    "FrozenSet": "frozenset",
+    "List": "list",
+    "Set": "set",
+    "Tuple": "tuple",
+    "Type": "type",
+}
+"""Names that `typing` has for classes that have one of their own."""
+
+
+class _Spelling(ast.NodeTransformer):
+    """Spell names without their modules and quotes, and every union as `A | B` in alphabetical order with None last."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(value=None) if node.id == "NoneType" else node
+        if node.id == "NoneType":
+            return ast.Constant(value=None)
+        return ast.Name(id=_BUILTINS.get(node.id, node.id), ctx=ast.Load())
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        is_typing = isinstance(node.value, ast.Name) and node.value.id in ("typing", "t")
-        return ast.Name(id=node.attr, ctx=ast.Load()) if is_typing else node
+        return self.visit_Name(ast.Name(id=node.attr, ctx=ast.Load()))
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        spelled: ast.expr = self.visit(_parse(node.value)) if isinstance(node.value, str) else node
+        return spelled
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        match node:
+            case ast.Call(func=ast.Name(id="ForwardRef"), args=[ast.Constant(value=str()) as name, *_]):
+                return self.visit_Constant(name)
+        return node
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        self.generic_visit(node)
+        node.value = self.visit(node.value)
+        match node.value, node.slice:
+            case ast.Name(id="Literal"), _:
+                return node  # its members are values
+            case ast.Name(id="Annotated"), ast.Tuple(elts=[inner, *_]):
+                spelled: ast.expr = self.visit(inner)
+                return spelled
+        node.slice = self.visit(node.slice)
         match node.value, node.slice:
             case ast.Name(id="Optional"), inner:
                 return _union([inner, ast.Constant(value=None)])

@@ -26,7 +26,7 @@ def read(config: Any) -> dict[str, tuple[str, bool, str | None]]:
 EXPECTED = {
     "width": ("int", False, None),
     "depth": ("int | None", True, "2"),
-    "names": ("list[str]", True, "list()"),
+    "names": ("list[str]", True, "[]"),
 }
 
 
