@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import hotglm
 from hotglm.errors import MigrationStepError
@@ -330,67 +329,3 @@ def test_zeros_of_either_sign_stay_what_they_are() -> None:
     tensors = {"a": torch.ones(1)}
     migrations = make(hotglm.Pad("a", 0, after=1, value=0.0), hotglm.Pad("a", 0, after=1, value=-0.0))
     assert bits(run(plan(migrations, tensors).outputs, tensors)["a"]) == bits(torch.tensor([1.0, 0.0, -0.0]))
-
-
-def test_two_outputs_of_one_long_chain_are_each_computed_whole(tmp_path: Path) -> None:
-    """What was computed on the way to one output is not read again once its memory has been given to another."""
-    migrations = make(
-        *(hotglm.Scale("a", 3.0 if number % 2 else -0.5) for number in range(60)),
-        hotglm.Untie(("a", "b", "c")),
-        hotglm.Pad("b", 0, before=1, value=7.0),
-        hotglm.Scale("c", 5.0),
-    )
-    tensors = {"a": torch.arange(1.0, 300.0)}
-    hotglm.save_weights(tensors, tmp_path / "old.safetensors", version="1.0")
-    hotglm.migrate_weights(tmp_path / "old.safetensors", tmp_path / "new.safetensors", migrations=migrations, to="2.0")
-    wanted = tensors["a"]
-    for number in range(60):
-        wanted = wanted * (3.0 if number % 2 else -0.5)
-    found = load_file(tmp_path / "new.safetensors")
-    assert bits(found["a"]) == bits(wanted)
-    assert bits(found["b"]) == bits(torch.cat([torch.tensor([7.0]), wanted]))
-    assert bits(found["c"]) == bits(wanted * 5)
-
-
-class _Counted(Workspace):
-    """Memory that counts how much is taken of it."""
-
-    nbytes = 0
-
-    def take(self, dtype: torch.dtype, shape: Any) -> torch.Tensor:
-        """Count, and take."""
-        found = super().take(dtype, shape)
-        self.nbytes += found.numel() * found.element_size()
-        return found
-
-
-def test_what_is_put_together_is_converted_where_it_stays() -> None:
-    """Tensors that are joined for code of another dtype are converted part by part, and take no memory in between."""
-    tensors = {"a": torch.randn(2, 3).bfloat16(), "b": torch.randn(2, 3).bfloat16()}
-    migrations = make(hotglm.Concatenate(("a", "b"), "c", dim=1), hotglm.Transpose("c", 0, 1))
-    work, view = _Counted(None), torch.empty(6, 2)
-    Evaluation(tensors, work=work).write(plan(migrations, tensors).outputs["c"], view)
-    assert bits(view) == bits(torch.cat([tensors["a"], tensors["b"]], 1).t().float())
-    assert work.nbytes == 0
-
-
-@pytest.mark.parametrize("operation", [hotglm.Scale("a", 1.1), hotglm.Pad("a", 0, after=1, value=0.1)])
-def test_what_is_computed_rounds_before_it_is_converted(operation: Operation) -> None:
-    """A value is computed in the dtype that the migration says, also where the code's is a wider one."""
-    tensors = {"a": torch.randn(5).bfloat16()}
-    output = plan(make(operation), tensors).outputs["a"]
-    wide = torch.empty(output.spec.shape)
-    Evaluation(tensors, work=Workspace(None)).write(output, wide)
-    assert bits(wide) == bits(run({"a": output}, tensors)["a"].float())
-
-
-def test_random_numbers_do_not_depend_on_where_they_go() -> None:
-    """Normal gives the same numbers in memory of any strides, also where they are drawn in several runs."""
-    output = plan(make(hotglm.Add("x", (1025, 1030), "float32", hotglm.Normal(1.0))), {}).outputs["x"]
-    evaluation = Evaluation({}, work=Workspace(None))
-    straight, across = torch.empty(1025, 1030), torch.empty(1030, 1025).t()
-    evaluation.write(output, straight)
-    evaluation.write(output, across)
-    assert bits(straight) == bits(across)
-    assert abs(straight.mean().item()) < 0.01
-    assert abs(straight[-100:].std().item() - 1) < 0.01

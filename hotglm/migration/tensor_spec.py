@@ -33,6 +33,7 @@ _LARGEST = {
     "float16": 65504.0,
     "bfloat16": 2.0**128 - 2.0**120,
     "float32": 2.0**128 - 2.0**104,
+    "complex64": 2.0**128 - 2.0**104,
 }
 COMPUTABLE_DTYPES = frozenset({*_SIGNIFICAND_NBITS, "complex64", "complex128"})
 """Dtypes in which torch multiplies on every device."""

@@ -4,7 +4,8 @@ Rules this module keeps:
 
 - The destination is handed down: parts of a join are written into their ranges of it, so that nothing is put together
   elsewhere first. Only what an operation has to have whole stands in memory of its own.
-- Nothing writes an operand. A free function that does is refused, with its name.
+- Nothing here writes an operand. A free function that does is refused, with its name, where torch counts the write: one
+  by way of numpy or `.data` goes unseen, and is against what `Apply` asks of it.
 - The same expression over the same bytes gives the same bytes, whatever the destination is: on disk or in an arena.
 """
 
@@ -270,6 +271,7 @@ def _run_function(call: Called, given: dict[str, torch.Tensor], step: str | None
     versions = {name: _count_writes(tensor) for name, tensor in given.items()}
     try:
         found = call.function(dict(given))
+        found = dict(found) if isinstance(found, Mapping) else found  # whatever kind of mapping it is: read once
     except Exception as error:
         raise _step_error(call, step, f"it raised {describe_exception(error)}", list(call.reads)) from error
     if written := [name for name, tensor in given.items() if _count_writes(tensor) != versions[name]]:
