@@ -95,6 +95,7 @@ class Question:
         migrations: those that the slot was given, if it was.
         config: what is to be built from in place of the offer's config; for the code's own version.
         is_stamped: whether `version` was concluded from the layout.
+        converts_dtypes: whether what is offered will be converted to the code's dtypes.
     """
 
     offer: Offer
@@ -103,6 +104,7 @@ class Question:
     migrations: Migrations | None = None
     config: Mapping[str, Any] | None = None
     is_stamped: bool = False
+    converts_dtypes: bool = False
 
     def migrations_of(self, definition: Definition | None) -> Migrations | None:
         """Return the migrations that lead to a class; None where there is no step."""
@@ -263,7 +265,9 @@ def _build(definition: Definition, question: Question, adapted: _Adapted | None 
     config = offer.config if offer.config is not None else _find_live_config(question, definition)
     with torch.inference_mode(mode=False), torch.enable_grad(), _SkipInitialisers():
         module = definition.build(config)
-    dtype = _find_shared_dtype(offer, live)
+    dtype = _find_only_dtype(offer.contract, live.contract)
+    if dtype is None and question.converts_dtypes and _find_only_dtype(contract_of(module)) is not None:
+        dtype = _find_only_dtype(live.contract)  # what the file is in says nothing then
     if dtype is not None:
         module = module.to(dtype)
     frozen = {name for name, parameter in live.module.named_parameters() if not parameter.requires_grad}
@@ -291,11 +295,11 @@ def _find_live_config(question: Question, definition: Definition) -> Mapping[str
     return migrate_config(config, migrations, version=own.version, code=definition.version)
 
 
-def _find_shared_dtype(offer: Offer, live: Generation) -> torch.dtype | None:
-    """Return the one floating-point dtype that both the live module and the offer are in, as after `model.half()`."""
+def _find_only_dtype(*contracts: Contract) -> torch.dtype | None:
+    """Return the one floating-point dtype that all of `contracts` are in, as after `model.half()`."""
     used = {
         TORCH_DTYPES[spec.dtype]
-        for contract in (offer.contract, live.contract)
+        for contract in contracts
         for spec in contract.state.values()
         if TORCH_DTYPES[spec.dtype].is_floating_point
     }

@@ -161,6 +161,7 @@ class _Stage:
                 version=self._declared,
                 migrations=request.migrations,
                 config=request.config,
+                converts_dtypes=request.policy.convert_dtypes,
             )
         )
         offer = self._offer = code.offer
