@@ -3,7 +3,7 @@
 Rules this module keeps:
 
 - Nothing here imports torch; see `hotglm.commands.command` for the rules that every command keeps.
-- Exit codes: 0 is yes, 1 is no, 2 is an error, which goes to standard error without a traceback.
+- Exit codes: 0 is yes, 1 is no, 2 is an error, which goes to standard error without a traceback, and 130 is Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from hotglm import __version__
-from hotglm.commands.command import ERROR, Command
+from hotglm.commands.command import ERROR, INTERRUPTED, Command
 from hotglm.commands.diff import DIFF
 from hotglm.commands.doctor import DOCTOR
 from hotglm.commands.golden import GOLDEN
@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the answer has enough of it (`| head`)
         _discard(sys.stdout)
         return ERROR
+    except KeyboardInterrupt:
+        _complain("interrupted.")
+        return INTERRUPTED
     except OSError as error:  # a full disk, most likely
         _discard(sys.stdout)
         _complain(describe_exception(error))

@@ -168,6 +168,11 @@ class Incompatibility:
         """What would make it go away, as a clause."""
         return self.breakage.remedy
 
+    @property
+    def is_config(self) -> bool:
+        """Whether it is about configs, which only a config migration carries over."""
+        return isinstance(self.breakage, _CONFIG)
+
     def explain(self) -> str:
         """Return one sentence that says who cannot take whose place, and why; names in it are escaped."""
         new, old = (self.later, self.earlier) if self.direction == "backward" else (self.earlier, self.later)

@@ -3,7 +3,8 @@
 Rules that every module of this package keeps:
 
 - It can be imported without torch; a command that needs torch imports it, or what needs it, by name when it runs.
-- Exit codes: 0 is yes, 1 is no, 2 is an error. An error is raised as a `HotglmError` and printed by `hotglm.cli`.
+- Exit codes: 0 is yes, 1 is no, 2 is an error, 130 is Ctrl-C. An error is raised as a `HotglmError` and printed
+  by `hotglm.cli`.
 - Text is for people and may change; it is plain ASCII, with names from files quoted and escaped. `--json` is for
   programs: one document on standard output, whose `schema` changes when its meaning does.
 """
@@ -14,9 +15,11 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ERROR", "NO", "OK", "Command"]
+__all__ = ["ERROR", "INTERRUPTED", "NO", "OK", "Command"]
 
 OK, NO, ERROR = 0, 1, 2
+INTERRUPTED = 130
+"""As shells have it: 128 and the number of SIGINT."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

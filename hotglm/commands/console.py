@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 
 from hotglm.errors import VersionSyntaxError, shorten_repr
 from hotglm.release.files import WeightFiles
@@ -11,6 +13,7 @@ from hotglm.version import Version
 
 __all__ = [
     "NAME_KEY",
+    "foreign_output",
     "identify_weights",
     "print_json",
     "read_declared_version",
@@ -71,6 +74,13 @@ def show_size(nbytes: int) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit} ({nbytes} bytes)"
     return show_count(nbytes, "byte")
+
+
+@contextlib.contextmanager
+def foreign_output() -> Iterator[None]:
+    """Lead what the user's own code prints in the body to standard error; the answer stands alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def print_json(schema: str, document: Mapping[str, object]) -> None:

@@ -15,6 +15,7 @@ from hotglm.comparison import find_breakages, find_unfilled
 from hotglm.compatibility import CompatibilityMode, Incompatibility, Released, find_incompatibilities
 from hotglm.contract import Contract
 from hotglm.errors import ArgumentError, MigrationError, Problem
+from hotglm.migration.plan import MigrationPath
 from hotglm.migration.registry import Migrations
 from hotglm.migration.tensor_spec import TensorSpec
 from hotglm.version import Bump, Version
@@ -132,28 +133,35 @@ def _find_incompatibilities(
     released = [Released(version=one.version, contract=one.contract) for one in (*history, new) if one.version]
     known = (migrations, *(subject.migrations for subject in (new, *reversed(history))))
     steps = next((one for one in known if one is not None and one.history()), None)
+    found = find_incompatibilities(released[:-1], released[-1], mode)
     contracts = {one.version: one.contract for one in released}
-    return find_incompatibilities(
-        released[:-1],
-        released[-1],
-        mode,
-        has_path=lambda start, end: steps is not None and _is_carried_over(steps, start, end, contracts),
-    )
+    return [one for one in found if steps is None or not (one.is_stored and _is_carried_over(steps, one, contracts))]
 
 
-def _is_carried_over(steps: Migrations, start: Version, end: Version, contracts: Mapping[Version, Contract]) -> bool:
-    """Tell whether a path of at least one step leads from one version to another, and its dry run fills that one."""
-    written = _as_in_files(contracts[start])
+def _is_carried_over(steps: Migrations, finding: Incompatibility, contracts: Mapping[Version, Contract]) -> bool:
+    """Tell whether a path leads from the one version to the other, and carries over what the finding is about.
+
+    Of configs, whose values nobody has here, only whether a step of the path changes them at all.
+    """
+    start, end = finding.earlier, finding.later
+    if finding.direction == "forward":
+        start, end = end, start
     try:
         path = steps.plan(start, end)
-        if path.is_empty or not written.state:  # without tensors there is nothing to run dry
-            return not path.is_empty
-        specs = {name: TensorSpec(dtype=spec.dtype, shape=spec.shape) for name, spec in written.state.items()}
-        made = path.plan_state(specs).specs
+        if path.is_empty or finding.is_config:
+            return any(hop.changes for hop in path.hops)
+        return _fills(path, contracts[start], contracts[end])
     except MigrationError:  # no path, an ambiguous one, or one whose steps do not fit
         return False
+
+
+def _fills(path: MigrationPath, start: Contract, end: Contract) -> bool:
+    """Tell whether the dry run of a path leads from the tensors of one version to those of the other."""
+    written = _as_in_files(start)
+    specs = {name: TensorSpec(dtype=spec.dtype, shape=spec.shape) for name, spec in written.state.items()}
+    made = path.plan_state(specs).specs
     offered = Contract.of_tensors({name: (spec.dtype, spec.shape) for name, spec in made.items()})
-    return next(find_unfilled(contracts[end], offered), None) is None
+    return next(find_unfilled(end, offered), None) is None
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hotglm.commands.command import NO, OK, Command
-from hotglm.commands.console import print_json, show_count
+from hotglm.commands.console import foreign_output, print_json, show_count
 from hotglm.errors import ArgumentError
 from hotglm.problem import describe_exception, escape_text
 
@@ -55,13 +55,16 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.action == "make":
         return _make(arguments)
     proof: Any = importlib.import_module(_PROOF)
-    return _verify(list(proof.find_outcomes(arguments.directory)), as_json=arguments.json)
+    with foreign_output():
+        outcomes = list(proof.find_outcomes(arguments.directory))
+    return _verify(outcomes, as_json=arguments.json)
 
 
 def _import_all(names: Iterable[str]) -> None:
     for name in names:
         try:
-            importlib.import_module(name)
+            with foreign_output():
+                importlib.import_module(name)
         except Exception as error:
             raise ArgumentError(
                 f"Expected to import {name!a}, got {describe_exception(error)}.",

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from hotglm.commands.command import OK, Command
-from hotglm.commands.console import print_json, show_count, show_headline, show_size
+from hotglm.commands.console import foreign_output, print_json, show_count, show_headline, show_size
 from hotglm.commands.progress import ProgressBar
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.migration.registry import Migrations
+from hotglm.model.file_layout import format_config
 from hotglm.problem import describe_exception
 from hotglm.release.files import WeightFiles, open_weights
 from hotglm.release.migration import FileMigration, plan_file_migration
@@ -43,7 +44,10 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ArgumentError("Expected a file to write, got none.", remedy="give DST, or --dry-run.")
     migrations = find_migrations(arguments.migrations)
     with open_weights(arguments.source) as files:
-        migration = plan_file_migration(files, migrations, to=arguments.to, version=arguments.start)
+        with foreign_output():
+            migration = plan_file_migration(files, migrations, to=arguments.to, version=arguments.start)
+        if migration.config is not None:
+            format_config(migration.config)  # what cannot be written must not look well in a dry run
         if not arguments.json:  # before anything is written
             print("\n".join(_show(files, migration, with_tensors=arguments.dry_run)), flush=True)
         document = _describe(files, migration)
@@ -61,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _write(arguments: argparse.Namespace, migrations: Migrations) -> dict[str, str]:
     # By name, because it imports torch, which a dry run does without.
     writer: Any = importlib.import_module(_WRITER)
-    with ProgressBar(sys.stderr) as bar:
+    with ProgressBar(sys.stderr) as bar, foreign_output():
         digests: dict[str, str] = writer.migrate_weights(
             arguments.source,
             arguments.target,
@@ -88,7 +92,8 @@ def find_migrations(reference: str) -> Migrations:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` has it, and an installed script has not
     try:
-        found: Any = importlib.import_module(module)
+        with foreign_output():
+            found: Any = importlib.import_module(module)
         for name in attribute.split("."):
             found = getattr(found, name)
     except Exception as error:

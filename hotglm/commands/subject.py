@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hotglm.commands.console import NAME_KEY, read_declared_version
+from hotglm.commands.console import NAME_KEY, foreign_output, read_declared_version
 from hotglm.compatibility import RELEASED_SCHEMA, Released
 from hotglm.contract import CONTRACT_SCHEMA, Contract
 from hotglm.document import Report, parse_json, verify_utf8
@@ -82,7 +82,8 @@ def read_subject(word: str) -> Subject:
         ArgumentError: a class that cannot be imported or built, or a contract that `to_dict` did not write.
     """
     if _WORD.fullmatch(word) and not os.path.exists(word):
-        found = importlib.import_module(_DESCRIBED_MODULE).read_described(word)
+        with foreign_output():
+            found = importlib.import_module(_DESCRIBED_MODULE).read_described(word)
         return Subject(
             path=word,
             name=found.name,
