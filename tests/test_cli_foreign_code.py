@@ -130,7 +130,7 @@ def test_ctrl_c_ends_a_command_in_a_line(directory: Path) -> None:
     with path.open("wb") as file:  # sparse
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + nbytes)
-    words = [sys.executable, "-m", "hotglm", "stamp", path, "--version", "2.0"]
+    words = [sys.executable, "-m", "hotglm", "stamp", str(path), "--version", "2.0"]
     process = subprocess.Popen(words, env={"PYTHONPATH": ":".join(sys.path)}, stderr=subprocess.PIPE, text=True)
     while not list(directory.glob(".hotglm-*")) and process.poll() is None:
         time.sleep(0.001)

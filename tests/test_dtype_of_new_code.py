@@ -58,7 +58,8 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each class is registered for the length of a test."""
     monkeypatch.setattr(registry, "_definitions", {})
     monkeypatch.setattr(registry, "_migrations", {})
-    for version, model in (*CLASSES.items(), ("3.0", Mixed)):
+    classes: dict[str, type[nn.Module]] = {**CLASSES, "3.0": Mixed}
+    for version, model in classes.items():
         monkeypatch.setattr(model, "__hotglm_definition__", None, raising=False)
         monkeypatch.setattr(model, "migrations", None, raising=False)
         hotglm.versioned(NAME, version)(model)
