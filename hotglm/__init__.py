@@ -89,6 +89,8 @@ if TYPE_CHECKING:
     from hotglm.progress import Progress
     from hotglm.release.directory import Release, open_release
     from hotglm.release.packing import ReleaseDetails, pack
+    from hotglm.release.store import Store
+    from hotglm.release.store_opening import open_store
     from hotglm.slot.admission import HistoryEntry
     from hotglm.slot.checks import Golden, StagePolicy
     from hotglm.slot.generation import Generation, State
@@ -191,6 +193,7 @@ __all__ = [
     "StatePlan",
     "StateSpec",
     "Status",
+    "Store",
     "StoreBusyError",
     "StoreConflictError",
     "StoreError",
@@ -217,6 +220,7 @@ __all__ = [
     "migrate_weights",
     "migrations_of",
     "open_release",
+    "open_store",
     "pack",
     "refresh",
     "required_bump",
@@ -312,6 +316,7 @@ _EXPORTS: dict[str, str] = {
     "StatePlan": "hotglm.migration.plan",
     "StateSpec": "hotglm.contract",
     "Status": "hotglm.slot.status",
+    "Store": "hotglm.release.store",
     "StoreBusyError": "hotglm.errors",
     "StoreConflictError": "hotglm.errors",
     "StoreError": "hotglm.errors",
@@ -338,6 +343,7 @@ _EXPORTS: dict[str, str] = {
     "migrate_weights": "hotglm.model.migrated_file",
     "migrations_of": "hotglm.model.registry",
     "open_release": "hotglm.release.directory",
+    "open_store": "hotglm.release.store_opening",
     "pack": "hotglm.release.packing",
     "refresh": "hotglm.model.derived",
     "required_bump": "hotglm.breakage",

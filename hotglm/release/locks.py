@@ -22,7 +22,7 @@ from hotglm import seam
 from hotglm.errors import Problem, StoreBusyError, shorten_repr
 from hotglm.release.reading import close_quietly
 
-__all__ = ["hold_exclusively", "lock_directory", "try_exclusively"]
+__all__ = ["hold_exclusively", "lock_directory", "lock_holder", "try_exclusively"]
 
 _PAUSE_S = 0.005
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -115,3 +115,18 @@ def try_exclusively(path: str) -> int | None:
         raise
     close_quietly(fd)
     return None
+
+
+def lock_holder(path: str) -> int:
+    """Make the file `path` and lock it, for as long as this process and the descriptor that is returned live.
+
+    Raises:
+        OSError: it is there already, cannot be made, or this file system has no locks.
+    """
+    fd = seam.active.create(path, 0o644)
+    try:
+        seam.active.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        close_quietly(fd)
+        raise
+    return fd

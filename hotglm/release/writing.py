@@ -19,7 +19,7 @@ import stat
 from collections.abc import Iterator
 
 from hotglm import seam
-from hotglm.errors import Problem, StoreWriteError, shorten_repr
+from hotglm.errors import HotglmError, Problem, StoreWriteError, shorten_repr
 from hotglm.release.reading import close_quietly
 
 __all__ = [
@@ -63,7 +63,7 @@ def writing(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, StoreWriteError):
+        if isinstance(error, HotglmError):  # several of ours are errors of the system too
             raise
         code, remedy = _CODES.get(error.errno or 0, ("IO_ERROR", "check the disk or the mount, and try again"))
         name = errno.errorcode.get(error.errno or 0, type(error).__name__)

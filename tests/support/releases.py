@@ -34,7 +34,7 @@ def write_source(directory: Path, *, seed: int = 0, shards: bool = False) -> Pat
         header["__metadata__"] = {"format": "pt"}
         file = f"model-{number}.safetensors" if shards else "model.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        data = bytes((seed * 31 + number * 7 + at) % 251 for at in range(nbytes))
+        data = seed.to_bytes(4, "little") + bytes((number * 7 + at) % 251 for at in range(nbytes - 4))
         (directory / file).write_bytes(make_file(header, data))
     if shards:
         index = {"metadata": {}, "weight_map": weight_map}

@@ -1,0 +1,74 @@
+"""Files of equal content in a store are one file: each digest has a name in `objects`, and releases link to it.
+
+Rules this module keeps:
+
+- An object is only ever made of a file that this store copied, which nobody else has a name for (S6). A file that was
+  linked in from outside may still be written to by its owner, and would take every release that shares it along.
+- No object is read or written here. What it holds is verified where a release that has it is.
+- An object that no release has any more has one name left, and is garbage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Mapping
+
+from hotglm import seam
+from hotglm.manifest_fields import FileEntry
+
+__all__ = ["name_object", "share_files"]
+
+_CANNOT_LINK = (errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def name_object(digest: str) -> str:
+    """Return the name that a digest has in `objects`.
+
+    >>> name_object("sha256:00ff")
+    'sha256-00ff'
+    """
+    return digest.replace(":", "-")
+
+
+def share_files(directory: str, files: Mapping[str, FileEntry], *, objects: str) -> None:
+    """Let the files of a release that is being made share their content with those that are there.
+
+    Nobody else may look at `directory` yet. A file that cannot be shared stays as it is.
+
+    Raises:
+        OSError: the system refused.
+    """
+    for name, entry in files.items():
+        path = os.path.join(directory, *name.split("/"))
+        shared = os.path.join(objects, name_object(entry.digest))
+        if _has_size(shared, entry.size):
+            _replace(path, shared)
+        elif seam.active.lstat(path).st_nlink == 1:
+            with contextlib.suppress(FileNotFoundError):
+                seam.active.unlink(shared)  # one that was cut; releases that have it keep it, and are refused
+            _link(path, shared)
+
+
+def _has_size(path: str, size: int) -> bool:
+    try:
+        return seam.active.lstat(path).st_size == size
+    except FileNotFoundError:
+        return False
+
+
+def _replace(path: str, shared: str) -> None:
+    spare = f"{path}.hotglm-link"
+    if _link(shared, spare):
+        seam.active.rename(spare, path)
+
+
+def _link(path: str, target: str) -> bool:
+    try:
+        seam.active.link(path, target)
+    except OSError as error:
+        if error.errno in _CANNOT_LINK:  # too many names for one file: this release has a copy of its own
+            return False
+        raise
+    return True

@@ -1,0 +1,179 @@
+"""A store as it is read: which releases, labels and services it has, and its lock.
+
+Rules this module keeps:
+
+- Names are enough to know the releases: a release is whole as soon as it has its name (S1), so no manifest is read.
+- Nothing is kept in memory: any number of threads and processes may share a store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from hotglm.errors import ArgumentError, Problem, SourceError, StoreError, shorten_repr
+from hotglm.release.directory import Release, open_release
+from hotglm.release.ledger import Label, ServiceState, read_record, verify_word
+from hotglm.release.locks import hold_exclusively
+from hotglm.release.reading import list_directory
+from hotglm.release.writing import writing
+from hotglm.version import Version
+
+__all__ = ["StoreReader", "StoredRelease"]
+
+_NAME = re.compile(r"([0-9]{9,16})-(.+)")
+_LEDGER_SUFFIX = ".json"
+_MAX_TRIES = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRelease:
+    """A release as the store names it, before anything of it is read.
+
+    Attributes:
+        sequence: its number in the store.
+        version: its version.
+        path: its directory.
+    """
+
+    sequence: int
+    version: Version
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StoreReader:
+    """A store on disk, without what changes it. Any thread may call any method.
+
+    Attributes:
+        path: its directory.
+        lock_timeout_s: how long a change waits for another process's change, in seconds.
+    """
+
+    path: str
+    lock_timeout_s: float = 30.0
+
+    # -- what is there -------------------------------------------------------------------------------------------------
+
+    def find_releases(self) -> list[StoredRelease]:
+        """Return every release, oldest first; no manifest is read. Names that the store did not give are passed over.
+
+        Raises:
+            SourceReadError: the store cannot be listed.
+        """
+        found = []
+        for name in list_directory(self.join("releases")):
+            if (match := _NAME.fullmatch(name)) is not None:
+                with contextlib.suppress(ArgumentError):
+                    version = Version(match[2])
+                    found.append(
+                        StoredRelease(sequence=int(match[1]), version=version, path=self.join("releases", name))
+                    )
+        return sorted(found, key=lambda one: one.sequence)
+
+    def find_release(self, target: str | int | Version) -> StoredRelease:
+        """Return the release that a label, a version or a sequence number leads to.
+
+        Raises:
+            StoreError: there is none (NOT_IN_STORE), or the label is damaged.
+            SourceReadError: the store cannot be listed.
+        """
+        releases = self.find_releases()
+        wanted: object = target
+        if isinstance(target, str) and (label := self.read_label(target)) is not None:
+            wanted = label.release.sequence
+        if not isinstance(wanted, int):
+            with contextlib.suppress(ArgumentError):
+                wanted = Version(wanted)  # type: ignore[arg-type]  # it refuses what is none
+        for one in releases:
+            if (one.sequence if isinstance(wanted, int) else one.version) == wanted:
+                return one
+        latest = f"the latest is {releases[-1].version}" if releases else "it is empty"
+        message = f"Expected a label, version or sequence number of this store, got {shorten_repr(str(target))}."
+        raise StoreError(
+            f"The store {shorten_repr(self.path)} has no such release; {latest}.",
+            problems=[Problem(code="NOT_IN_STORE", message=message, file=self.path)],
+            remedy="look at `hotglm log`.",
+        )
+
+    def open_release(self, target: str | int | Version) -> Release:
+        """Open the release that a label, a version or a sequence number leads to; the caller closes it.
+
+        As long as it is open, garbage collection leaves it alone.
+
+        Raises:
+            StoreError: there is none.
+            SourceError: it is not what its manifest says.
+        """
+        for _ in range(_MAX_TRIES):
+            stored = self.find_release(target)
+            try:
+                return open_release(stored.path)
+            except SourceError:
+                # A label may have moved on, and the release been collected, since the name was found.
+                if os.path.lexists(stored.path) and self.find_release(target) == stored:
+                    raise
+        return open_release(self.find_release(target).path)
+
+    def read_labels(self) -> dict[str, Label]:
+        """Return every label by name.
+
+        Raises:
+            StoreError: one is damaged.
+            SourceReadError: the store cannot be listed.
+        """
+        names = [name.removesuffix(_LEDGER_SUFFIX) for name in self._ledgers("labels")]
+        labels = {name: read_record(self.find_ledger("labels", name), Label) for name in names}
+        return {name: label for name, label in labels.items() if label is not None}
+
+    def read_services(self) -> dict[str, ServiceState]:
+        """Return what every service has on disk, by name.
+
+        Raises:
+            StoreError: a record is damaged.
+            SourceReadError: the store cannot be listed.
+        """
+        names = [name.removesuffix(_LEDGER_SUFFIX) for name in self._ledgers("services")]
+        states = {name: read_record(self.find_ledger("services", name), ServiceState) for name in names}
+        return {name: state for name, state in states.items() if state is not None}
+
+    def read_label(self, name: str) -> Label | None:
+        """Return a label; None where there is none, or `name` cannot be one.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        try:
+            verify_word(name, what="label")
+        except ArgumentError:
+            return None
+        return read_record(self.find_ledger("labels", name), Label)
+
+    def join(self, *parts: str) -> str:
+        """Return a path inside of the store."""
+        return os.path.join(self.path, *parts)
+
+    def find_ledger(self, directory: str, name: str) -> str:
+        """Return the path of a record: of `"labels"` or `"services"`."""
+        return self.join(directory, f"{name}{_LEDGER_SUFFIX}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the store's lock for the body of a `with`: nobody else changes it.
+
+        Raises:
+            StoreBusyError: another process holds it for too long. StoreWriteError: it cannot be opened.
+        """
+        path = self.join("lock")
+        with ExitStack() as stack:
+            with writing(path):
+                stack.enter_context(hold_exclusively(path, timeout_s=self.lock_timeout_s))
+            yield
+
+    def _ledgers(self, directory: str) -> list[str]:
+        names = list_directory(self.join(directory))
+        return [name for name in names if name.endswith(_LEDGER_SUFFIX) and not name.startswith(".")]

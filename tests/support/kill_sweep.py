@@ -1,0 +1,336 @@
+"""Ends a process at each of its calls to the operating system, and looks at what is on disk then (P11, D09, D10).
+
+Run as a program, in a process without torch and threads, so that a fork is cheap: `python -m support.kill_sweep NAME
+HOW STEP DIRECTORY`. HOW is `kill` (SIGKILL in front of the call), `torn` (a write is done by half, then SIGKILL) or the
+name of an errno that the call fails with. STEP is the distance of the calls that are tried: 1 is all of them.
+
+Every scenario is one change of a store. After each try the old state or the new one must be there, and the same change
+must work when it is made again. It prints how many calls the change makes.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from hotglm import seam
+from hotglm.errors import HotglmError, StoreError
+from hotglm.release import environment
+from hotglm.release.directory import open_release
+from hotglm.release.packing import pack
+from hotglm.release.store import Store
+from hotglm.release.store_opening import open_store
+from hotglm.release.writing import write_file
+from hotglm.testing.seams import hooked
+from support.releases import write_source
+
+_FAILED = 7
+
+
+class Killer:
+    """A hook that ends the process, or fails the call, at the `number`th call of any kind."""
+
+    def __init__(self, number: int, how: str) -> None:
+        self._left = number
+        self._how = how
+        self.num_calls = 0
+
+    def __call__(self, kind: str, _: int, args: tuple[Any, ...]) -> object:
+        if kind == "reach" or (self._how == "torn" and kind != "pwrite"):
+            return None
+        self.num_calls += 1
+        self._left -= 1
+        if self._left:
+            return None
+        if self._how not in ("kill", "torn"):
+            if kind == "close":
+                os.close(args[0])  # as Linux does, whatever it reports
+            number = getattr(errno, self._how)
+            raise OSError(number, os.strerror(number))
+        if self._how == "torn":
+            fd, chunk, offset = args
+            os.pwrite(fd, chunk[: len(chunk) // 2], offset)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+
+class Scenario:
+    """One change, made again and again in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.sources = [
+            write_source(directory / "sources" / str(seed), seed=seed, shards=seed == 2) for seed in range(3)
+        ]
+        self.round = 0
+
+    def prepare(self) -> None:
+        """Make the old state."""
+
+    def change(self) -> None:
+        """Make the change that is ended somewhere."""
+
+    def verify(self) -> None:
+        """Raise unless the old state or the new one is there, and the change works when it is made again."""
+
+
+def verify_store(store: Store) -> list[str]:
+    """Return the versions in a store, all of which verify, as does what labels lead to."""
+    for stored in store.find_releases():
+        with open_release(stored.path) as release:
+            release.verify()
+    for name, label in store.read_labels().items():
+        with store.open_release(name) as release:
+            assert release.digest == label.release.digest
+    return [str(one.version) for one in store.find_releases()]
+
+
+def code_of(act: Callable[[], object]) -> str | None:
+    """Return the code that `act` is refused with; None where it is not."""
+    try:
+        act()
+    except StoreError as error:
+        return error.code
+    return None
+
+
+class Publish(Scenario):
+    """A release is published; a label leads to an earlier one."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.store = open_store(directory / "store", creates=True)
+        self.store.publish(self.sources[0], name="ranker", version="0.1")
+        self.store.move_label("stable", "0.1")
+
+    def prepare(self) -> None:
+        self.store.collect_garbage(keep_newest=2)
+        self.before = verify_store(self.store)
+        self.version = f"1.{self.round}"
+
+    def change(self) -> None:
+        self.store.publish(self.sources[1 + self.round % 2], name="ranker", version=self.version)
+
+    def verify(self) -> None:
+        assert verify_store(self.store) in (self.before, [*self.before, self.version])
+        self.change()
+        assert verify_store(self.store) == [*self.before, self.version]
+        assert os.listdir(self.store.join("tmp")) == []
+
+
+class Label(Publish):
+    """A label is moved from one release to another."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.store.publish(self.sources[1], name="ranker", version="0.2")
+
+    def prepare(self) -> None:
+        self.before = verify_store(self.store)
+        self.old = self.store.read_labels()["stable"]
+        self.target = "0.2" if self.old.release.version == "0.1" else "0.1"
+
+    def change(self) -> None:
+        self.store.move_label("stable", self.target, expected=self.old.release.version)
+
+    def verify(self) -> None:
+        assert verify_store(self.store) == self.before
+        label = self.store.read_labels()["stable"]
+        moved = (label.release.version, label.revision) == (self.target, self.old.revision + 1)
+        assert label == self.old or (moved and label.moves[1:] == self.old.moves[:15])
+        self.store.move_label("stable", self.target)
+        assert self.store.read_labels()["stable"].release.version == self.target
+        self.store.collect_garbage()
+        assert sorted(os.listdir(self.store.join("labels"))) == ["stable.json"]
+
+
+class PlantedLabel(Label):
+    """A label that is not replaced whole: the sweep must find that (a test of the test)."""
+
+    def change(self) -> None:
+        with mock.patch("hotglm.release.ledger.replace_whole", replace_badly):
+            super().change()
+
+
+def replace_badly(path: str, content: bytes) -> None:
+    """Remove a file and write it again."""
+    seam.active.unlink(path)
+    write_file(path, content)
+
+
+class Collect(Publish):
+    """Garbage is collected: two releases, their weights, and debris."""
+
+    def prepare(self) -> None:
+        for step in range(3):
+            source = write_source(self.directory / f"{self.round}.{step}", seed=3 + self.round * 3 + step)
+            self.store.publish(source, name="ranker", version=f"1.{self.round}.{step}")
+        (Path(self.store.join("tmp")) / ".hotglm-dead.partial").mkdir()
+        self.before = verify_store(self.store)
+
+    def change(self) -> None:
+        self.store.collect_garbage(keep_newest=1)
+
+    def verify(self) -> None:
+        left = verify_store(self.store)
+        kept = ["0.1", self.before[-1]]
+        assert set(kept) <= set(left) <= set(self.before)
+        self.change()
+        assert verify_store(self.store) == kept
+        assert os.listdir(self.store.join("tmp")) == []
+        assert len(os.listdir(self.store.join("objects"))) == 4  # two weights, a config and a vocabulary
+
+
+class Trial(Publish):
+    """A service tries a release and confirms it."""
+
+    def prepare(self) -> None:
+        self.store.collect_garbage(keep_newest=2)
+        self.version = f"1.{self.round}"
+        self.store.publish(self.sources[1], name="ranker", version=self.version)
+        self.service = self.store.service("api")
+        self.old = self.service.start()
+
+    def change(self) -> None:
+        with self.store.open_release(self.version) as release, self.service.begin(release) as trial:
+            trial.confirm()
+
+    def verify(self) -> None:
+        verify_store(self.store)
+        confirmed = self.service.start()
+        state = self.service.read()
+        assert state.trials == ()
+        if confirmed != self.old:
+            assert confirmed is not None
+            assert confirmed.version == self.version
+        if any(refusal.release.version == self.version for refusal in state.refused):
+            assert confirmed == self.old
+            assert code_of(self.change) == "REFUSED"
+            self.service.forgive(state.refused[0].release.digest)
+        self.change()
+        confirmed = self.service.start()
+        assert confirmed is not None
+        assert confirmed.version == self.version
+        self.store.collect_garbage()
+        assert os.listdir(self.store.join("services")) == ["api.json"]
+
+
+class Create(Scenario):
+    """A store is made."""
+
+    def prepare(self) -> None:
+        self.path = self.directory / f"store-{self.round}"
+
+    def change(self) -> None:
+        open_store(self.path, creates=True)
+
+    def verify(self) -> None:
+        assert code_of(lambda: open_store(self.path)) in (None, "NOT_A_STORE")
+        self.change()
+        open_store(self.path).publish(self.sources[0], name="ranker", version="1.0")
+
+
+class Pack(Scenario):
+    """Weights are packed to a directory."""
+
+    def prepare(self) -> None:
+        (self.directory / "packed").mkdir(exist_ok=True)
+        self.path = self.directory / "packed" / str(self.round)
+
+    def change(self) -> None:
+        pack(self.sources[2], self.path, name="ranker", version="1.0").close()
+
+    def verify(self) -> None:
+        if not self.path.exists():
+            self.change()
+        with open_release(self.path) as release:
+            release.verify()
+        pack(self.sources[1], self.path.with_suffix(".next"), name="ranker", version="1.0").close()
+        assert not [name for name in os.listdir(self.path.parent) if name.startswith(".")]
+
+
+class PackInPlace(Scenario):
+    """A directory becomes a release where it is."""
+
+    def prepare(self) -> None:
+        self.path = write_source(self.directory / "packed" / str(self.round), seed=self.round)
+
+    def change(self) -> None:
+        pack(self.path, name="ranker", version="1.0").close()
+
+    def verify(self) -> None:
+        if not (self.path / "hotglm-manifest.json").exists():
+            self.change()
+        with open_release(self.path) as release:
+            release.verify()
+
+
+SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
+    "publish": Publish,
+    "label": Label,
+    "planted-label": PlantedLabel,
+    "collect": Collect,
+    "trial": Trial,
+    "create": Create,
+    "pack": Pack,
+    "pack-in-place": PackInPlace,
+}
+
+
+def run_killed(scenario: Scenario, number: int, how: str) -> bool:
+    """Make the change in a child that is killed at a call; tell whether it was."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with hooked(Killer(number, how)):
+                scenario.change()
+            os._exit(0)
+        finally:
+            os._exit(_FAILED)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL, f"call {number}: status {status}"
+    return status != 0
+
+
+def run_failing(scenario: Scenario, number: int, how: str) -> bool:
+    """Make the change with one call that fails; tell whether there was such a call. Nothing stays open after it."""
+    before = set(os.listdir("/proc/self/fd"))
+    killer = Killer(number, how)
+    try:
+        with hooked(killer):
+            scenario.change()
+    except HotglmError:
+        pass  # typed, whatever it is; a call that may fail without harm raises nothing
+    assert set(os.listdir("/proc/self/fd")) == before, f"call {number}: something stays open"
+    return killer.num_calls >= number
+
+
+def sweep(name: str, how: str, step: int, directory: Path) -> int:
+    """Try every call of a scenario, or every `step`th; return how many there are, about."""
+    scenario = SCENARIOS[name](directory)
+    run = run_killed if how in ("kill", "torn") else run_failing
+    for number in range(1, 100_000, step):
+        scenario.round += 1
+        scenario.prepare()
+        goes_on = run(scenario, number, how)
+        try:
+            scenario.verify()
+        except BaseException as error:
+            error.add_note(f"after call {number} of {name}, {how}")
+            raise
+        if not goes_on:
+            return number - 1
+    raise AssertionError("Expected the change to end, got no end.")
+
+
+if __name__ == "__main__":
+    # Reading what is installed takes longer than all the rest.
+    environment._read_version = functools.cache(environment._read_version)
+    print(sweep(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])))

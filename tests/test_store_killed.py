@@ -1,0 +1,76 @@
+"""A publisher, label mover, collector or service that is killed anywhere leaves the old state or the new one (P11)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HOWS = ("kill", "torn", "EIO", "ENOSPC", "EMFILE")
+STEPS = {"publish": 4, "label": 3, "collect": 5, "trial": 3, "create": 2, "pack": 6, "pack-in-place": 5}
+"""The short form: every how many calls one is killed. The long form takes all of them."""
+
+LEAST_CALLS = {"publish": 80, "label": 40, "collect": 60, "trial": 40, "create": 20, "pack": 80, "pack-in-place": 60}
+"""About how many calls each change makes: a sweep that ends earlier has not seen all of them."""
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Yield a directory in memory where there is one: what is swept is order, and flushing a disk costs minutes."""
+    memory = "/dev/shm"
+    where = memory if os.path.isdir(memory) and os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=where) as path:
+        yield Path(path)
+
+
+def run_sweep(name: str, how: str, step: int, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run one sweep in a process of its own."""
+    command = [sys.executable, "-m", "support.kill_sweep", name, how, str(step), str(directory)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+
+
+def sweep(name: str, how: str, step: int, directory: Path) -> int:
+    """Run one sweep and return the number of calls it saw."""
+    done = run_sweep(name, how, step, directory)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("name", LEAST_CALLS)
+def test_a_killed_change_is_done_or_not(name: str, directory: Path) -> None:
+    """D09, D10: SIGKILL in front of any call leaves the old state or the new one, and the next try works."""
+    assert sweep(name, "kill", STEPS[name], directory) >= LEAST_CALLS[name]
+
+
+@pytest.mark.parametrize("name", ["publish"])
+def test_a_half_written_file_is_never_read(name: str, directory: Path) -> None:
+    """D11: a kill in the middle of any write leaves nothing that is read."""
+    assert sweep(name, "torn", 1, directory) >= 1
+
+
+@pytest.mark.parametrize("name", ["publish", "trial"])
+def test_a_failing_call_changes_nothing(name: str, directory: Path) -> None:
+    """D12, D13, K06: a call that fails is a typed error, leaves the old state or the new one, and nothing open."""
+    assert sweep(name, "ENOSPC", STEPS[name], directory) >= LEAST_CALLS[name]
+
+
+def test_the_sweep_finds_a_planted_bug(directory: Path) -> None:
+    """A label that is removed and written again, instead of replaced whole, is lost at some call, and that is seen."""
+    done = run_sweep("planted-label", "kill", 1, directory)
+    assert done.returncode != 0
+    assert "of planted-label, kill" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("name", LEAST_CALLS)
+def test_every_call_in_every_way(name: str, how: str, directory: Path) -> None:
+    """The long form: every call of every change, killed, torn or failing, one by one."""
+    assert sweep(name, how, 1, directory) >= (0 if how == "torn" else LEAST_CALLS[name])
