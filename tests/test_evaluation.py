@@ -12,42 +12,15 @@ from safetensors.torch import load_file
 
 import hotglm
 from hotglm.errors import MigrationStepError
-from hotglm.migration.expression import Expression, TensorSpec
 from hotglm.migration.operation import Operation
 from hotglm.weights.digest import digest_tensor
 from hotglm.weights.evaluation import Evaluation
 from hotglm.weights.scratch import Workspace
 from support.evaluation import bits
+from support.steps import make, plan, run, spec
 
 Tensors = Mapping[str, torch.Tensor]
 WANTED = "sha256:4a3ee331f139362ba6cca425541d384fd63eab98561b278458a1a6bc708e477c"
-
-
-def spec(*shape: int, dtype: str = "float32") -> TensorSpec:
-    """Return the spec of a float32 tensor."""
-    return TensorSpec(dtype=dtype, shape=shape)
-
-
-def make(*operations: Operation) -> hotglm.Migrations:
-    """Return migrations with one step from 1.0 to 2.0."""
-    migrations = hotglm.Migrations("ranker")
-    migrations.state("1.0", "2.0", operations)
-    return migrations
-
-
-def plan(migrations: hotglm.Migrations, tensors: Tensors, source: str = "1.0", target: str = "2.0") -> hotglm.StatePlan:
-    """Plan the way between two versions for real tensors."""
-    specs = {name: spec(*t.shape, dtype=str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
-    return migrations.plan(source, target).plan_state(specs)
-
-
-def run(outputs: Mapping[str, Expression], tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Compute expressions as a load does."""
-    evaluation = Evaluation(tensors, work=Workspace(None))
-    made = {name: torch.empty(e.spec.shape, dtype=getattr(torch, e.spec.dtype)) for name, e in outputs.items()}
-    for name, view in made.items():
-        evaluation.write(outputs[name], view)
-    return made
 
 
 def test_two_outputs_of_one_long_chain_are_each_computed_whole(tmp_path: Path) -> None:
