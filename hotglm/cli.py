@@ -22,7 +22,10 @@ from hotglm.commands.diff import DIFF
 from hotglm.commands.doctor import DOCTOR
 from hotglm.commands.golden import GOLDEN
 from hotglm.commands.inspect import INSPECT
+from hotglm.commands.log import LOG
 from hotglm.commands.migrate import MIGRATE
+from hotglm.commands.pack import PACK
+from hotglm.commands.show import SHOW
 from hotglm.commands.stamp import STAMP
 from hotglm.errors import HotglmError
 from hotglm.problem import describe_exception
@@ -31,7 +34,7 @@ __all__ = ["main"]
 
 _DEMO_MODULE = "hotglm.demo.main"
 
-COMMANDS: tuple[Command, ...] = (INSPECT, DIFF, MIGRATE, STAMP, DOCTOR, GOLDEN)
+COMMANDS: tuple[Command, ...] = (INSPECT, DIFF, MIGRATE, STAMP, DOCTOR, GOLDEN, PACK, SHOW, LOG)
 """Every command but `demo`, in the order of the help."""
 
 

@@ -370,3 +370,18 @@ def test_progress_reaches_all_bytes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "other", name="r", version="1", progress=stop)
     assert sorted(os.listdir(tmp_path)) == ["release", "source"]
+
+
+def test_a_config_with_infinity_stays_in_its_file(tmp_path: Path) -> None:
+    """M11: what JSON cannot say is read from `config.json`, its digest verified, and staged like any other config."""
+    source = write_source(tmp_path / "source")
+    (source / "config.json").write_text('{"limit": Infinity}')
+    with pack(source, tmp_path / "release", name="ranker", version="1.4.0") as opened:
+        assert opened.manifest.config is None
+        assert opened.read_config() == {"limit": float("inf")}
+    with contextlib.closing(make_slot()) as slot:
+        slot.update(tmp_path / "release")
+        (tmp_path / "release" / "config.json").write_text('{"limit":-Infinity}')
+        with pytest.raises(SourceError):
+            slot.update(tmp_path / "release")
+        assert str(slot.version) == "1.4.0"

@@ -17,7 +17,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -29,7 +29,7 @@ from hotglm.header import DEFAULT_LIMITS, Limits
 from hotglm.manifest import MAX_FILES, MAX_MANIFEST_NBYTES, parse_manifest
 from hotglm.manifest_fields import MANIFEST_NAME, RESERVED_PREFIX, FileEntry, Manifest
 from hotglm.progress import Progress
-from hotglm.release.files import WeightFile, WeightFiles, open_weights
+from hotglm.release.files import WeightFile, WeightFiles, open_weights, parse_config
 from hotglm.release.hashing import FilePieces, HashMeter, combine_pieces, cut_weights, cut_whole, hash_pieces
 from hotglm.release.locks import lock_directory
 from hotglm.release.reading import (
@@ -44,6 +44,7 @@ from hotglm.release.reading import (
 
 __all__ = ["Release", "cut_side_file", "cut_weight_file", "find_entries", "is_release", "open_release"]
 
+_CONFIG = "config.json"
 _REMEDY = "publish the release again with `hotglm pack`, or fetch all of it again."
 
 
@@ -92,6 +93,23 @@ class Release:
         if found != entry.digest:
             self._raise_mismatches([_mismatch(path, entry.digest, found)])
         return content
+
+    def read_config(self) -> Mapping[str, object] | None:
+        """Return the fields of the model's config, from the manifest, else from `config.json`; None where unknown.
+
+        A `config.json` with NaN or infinity cannot stand in a manifest, and is read, and verified, here (M11).
+
+        Raises:
+            DigestMismatchError, SourceError: the file is not what the manifest promises, or no JSON object.
+        """
+        manifest = self.manifest
+        if manifest.config is not None or manifest.weights is None:
+            return manifest.config
+        name = "/".join([*manifest.weights.split("/")[:-1], _CONFIG])
+        if name not in manifest.files:
+            return None
+        what, limit = f"config {shorten_repr(name)} of {shorten_repr(self.path)}", DEFAULT_LIMITS.config_nbytes
+        return parse_config(self.read_file(name), path=self.find_path(name), what=what, limit=limit, constants=True)
 
     def open_weights(self, *, limits: Limits = DEFAULT_LIMITS) -> WeightFiles:
         """Open the weights and verify their headers against the manifest; each tensor still has to be hashed.

@@ -292,7 +292,7 @@ def _read_config(
 ) -> Mapping[str, object] | None:
     if (embedded := metadata.get(CONFIG_KEY)) is not None:
         what = f"metadata {CONFIG_KEY!r} of {shorten_repr(path)}"
-        return _parse_config(embedded.encode(), path=path, what=what, limit=limits.config_nbytes)
+        return parse_config(embedded.encode(), path=path, what=what, limit=limits.config_nbytes)
     if beside is None:
         return None
     try:
@@ -302,10 +302,22 @@ def _read_config(
             raise
         return None
     what = f"config {shorten_repr(beside)}"
-    return _parse_config(text, path=beside, what=what, limit=limits.config_nbytes, constants=True)
+    return parse_config(text, path=beside, what=what, limit=limits.config_nbytes, constants=True)
 
 
-def _parse_config(text: bytes, *, path: str, what: str, limit: int, constants: bool = False) -> Mapping[str, object]:
+def parse_config(text: bytes, *, path: str, what: str, limit: int, constants: bool = False) -> Mapping[str, object]:
+    """Return the object that the text of a config holds, read-only at its first level.
+
+    Args:
+        text: the whole of it.
+        path: the file that it stands in.
+        what: what it is called in a refusal.
+        limit: most bytes that it may have.
+        constants: whether `NaN` and `Infinity` may stand for numbers, as Hugging Face configs have them.
+
+    Raises:
+        SourceError: it is no JSON object.
+    """
     report = Report(
         SourceError,
         headline=f"The {what} was refused",

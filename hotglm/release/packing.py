@@ -221,6 +221,8 @@ def read_stated(draft: Draft, *, name: str | None, version: str | Version | None
     requires = draft.read_metadata("hotglm.requires", []) if old is None else old.requires
     config = (None if draft.files is None else draft.files.config) if old is None else old.config
     created_in = read_creation(metadata, file=draft.path) if old is None else old.created_in
+    if details.config is None and not _is_finite(config):
+        config = None  # JSON has no infinity: readers take it from `config.json` (M11)
     requires = tuple(requires if details.requires is None else details.requires)
     return Stated(
         name=name,
@@ -234,6 +236,14 @@ def read_stated(draft: Draft, *, name: str | None, version: str | Version | None
         expires_at=details.expires_at or (None if old is None else old.expires_at),
         code=details.code or (None if old is None else old.code),
     )
+
+
+def _is_finite(config: Mapping[str, Any] | None) -> bool:
+    try:
+        json.dumps(None if config is None else dict(config), allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _copy_config(config: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -143,7 +143,7 @@ def _offer_release(path: str) -> Offer:
             nbytes=files.total_nbytes,
             name=manifest.name,
             version=manifest.version,
-            config=manifest.config,
+            config=release.read_config(),
             requires=manifest.requires,
             digests=MappingProxyType({name: one.digest for name, one in manifest.tensors.items()}),
             module_versions=_read_module_versions(files),
