@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -270,13 +271,52 @@ def find_differences(expected: Any, found: Any, golden: Golden, where: str = "")
         for part in dataclasses.fields(expected):
             one, other = getattr(expected, part.name), getattr(found, part.name)
             yield from find_differences(one, other, golden, f"{where}.{part.name}")
-    elif not _is_equal(expected, found):
+    elif _is_array(expected) and _is_array(found):
+        yield from _find_in_arrays(expected, found, golden, where)
+    elif _is_opaque(expected) and type(found) is type(expected) and where.count(".") < _MAX_OBJECT_DEPTH:
+        yield from _find_in_object(expected, found, golden, where)
+    elif not _is_equal(expected, found, golden):
         yield where, f"expected {shorten_repr(expected)}, got {shorten_repr(found)}"
 
 
-def _is_equal(expected: object, found: object) -> bool:
+_MAX_OBJECT_DEPTH = 16
+"""How many objects deep attributes are compared; what lies deeper, as in a circle, must be one and the same."""
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(getattr(value, "shape", None), tuple) and hasattr(value, "dtype")
+
+
+def _is_opaque(value: object) -> bool:
+    """Tell whether two of these are equal only if they are one: such as a cache of `transformers`."""
+    return type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__") and not callable(value)
+
+
+def _find_in_arrays(expected: Any, found: Any, golden: Golden, where: str) -> Iterator[tuple[str, str]]:
     try:
-        return bool(expected == found)
+        one, other = torch.as_tensor(expected), torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):  # text and objects; numbers that torch does not have
+        if expected.shape != found.shape or not _is_equal(expected, found, golden):
+            yield where, f"expected {shorten_repr(expected)}, got {shorten_repr(found)}"
+    else:
+        yield from find_differences(one, other, golden, where)
+
+
+def _find_in_object(expected: object, found: object, golden: Golden, where: str) -> Iterator[tuple[str, str]]:
+    ours, theirs = vars(expected), vars(found)
+    if ours.keys() != theirs.keys():
+        yield where, f"expected the attributes {sorted(ours)}, got {sorted(theirs)}"
+    for name in ours.keys() & theirs.keys() if expected is not found else ():
+        yield from find_differences(ours[name], theirs[name], golden, f"{where}.{name}")
+
+
+def _is_equal(expected: object, found: object, golden: Golden) -> bool:
+    if type(expected) is type(found) is float:
+        both_nan = math.isnan(expected) and math.isnan(found)
+        return both_nan or math.isclose(expected, found, rel_tol=golden.rtol, abs_tol=golden.atol)
+    try:
+        equal: Any = expected == found
+        return bool(equal.all() if _is_array(equal) else equal)
     except Exception:  # noqa: BLE001 - the model's own types may raise anything; what cannot be compared differs
         return False
 
