@@ -33,6 +33,7 @@ __all__ = [
     "ConfigDefaultRemoved",
     "ConfigFieldRemoved",
     "ConfigFieldTypeChanged",
+    "ConfigFieldTypeWidened",
     "DefaultChanged",
     "DefaultRemoved",
     "DtypeChanged",
@@ -272,6 +273,17 @@ class ConfigFieldTypeChanged(Breakage):
 
     clause = "config field {subject} went from type {old} to {new}"
     remedy = "accept both types, or register a config migration that converts the value"
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigFieldTypeWidened(Breakage):
+    """A config field takes more types or values than before, and all that it took."""
+
+    bump = Bump.MINOR
+    clause = "config field {subject} went from type {old} to the wider {new}"
+    remedy = "nothing for configs of the old version; what they have is taken as before"
     old: str
     new: str
 

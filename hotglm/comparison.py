@@ -22,6 +22,7 @@ from hotglm.breakage import (
     ConfigDefaultRemoved,
     ConfigFieldRemoved,
     ConfigFieldTypeChanged,
+    ConfigFieldTypeWidened,
     DefaultChanged,
     DefaultRemoved,
     DtypeChanged,
@@ -40,6 +41,7 @@ from hotglm.call_spec import ArgumentSpec, CallSpec, pair_arguments
 from hotglm.config_spec import ConfigSpec
 from hotglm.contract import Contract, StateSpec
 from hotglm.output_comparison import find_in_outputs
+from hotglm.spelling import is_wider
 
 __all__ = ["find_breakages", "find_unfilled"]
 
@@ -107,8 +109,7 @@ def _find_in_config(old: ConfigSpec, new: ConfigSpec) -> Iterator[Breakage]:
         if name not in news:
             yield ConfigFieldRemoved(subject=name)
             continue
-        if field.type != news[name].type:
-            yield ConfigFieldTypeChanged(subject=name, old=field.type, new=news[name].type)
+        yield from _find_in_type(name, field.type, news[name].type)
         if field.has_default and not news[name].has_default:
             yield ConfigDefaultRemoved(subject=name)
         before, after = field.default, news[name].default
@@ -116,6 +117,11 @@ def _find_in_config(old: ConfigSpec, new: ConfigSpec) -> Iterator[Breakage]:
             yield ConfigDefaultChanged(subject=name, old=before, new=after)
     for name in (name for name in news if name not in olds):
         yield (OptionalConfigFieldAdded if news[name].has_default else RequiredConfigFieldAdded)(subject=name)
+
+
+def _find_in_type(name: str, old: str, new: str) -> Iterator[Breakage]:
+    if old and new and old != new:  # an annotation that was left out says nothing
+        yield (ConfigFieldTypeWidened if is_wider(old, new) else ConfigFieldTypeChanged)(subject=name, old=old, new=new)
 
 
 def _find_in_call(old: CallSpec, new: CallSpec) -> Iterator[Breakage]:

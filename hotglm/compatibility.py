@@ -28,6 +28,7 @@ from hotglm.breakage import (
     ConfigDefaultRemoved,
     ConfigFieldRemoved,
     ConfigFieldTypeChanged,
+    ConfigFieldTypeWidened,
     DtypeChanged,
     KindChanged,
     OptionalConfigFieldAdded,
@@ -273,6 +274,7 @@ _CONFIG = (
     ConfigDefaultRemoved,
     ConfigFieldRemoved,
     ConfigFieldTypeChanged,
+    ConfigFieldTypeWidened,
     OptionalConfigFieldAdded,
     RequiredConfigFieldAdded,
 )

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["spell_type", "spell_value"]
+__all__ = ["is_wider", "spell_type", "spell_value"]
 
 _MAX_LENGTH = 200
 """Longest text that is kept whole; a longer one is cut and keeps the digest of the rest."""
@@ -198,3 +198,29 @@ def _flatten(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _flatten(node.left) + _flatten(node.right)
     return [node]
+
+
+def is_wider(old: str, new: str) -> bool:
+    """Tell whether a type, both spelled by `spell_type`, takes all that another one takes.
+
+    >>> is_wider("int", "int | None"), is_wider("int | None", "int"), is_wider("int", "Any"), is_wider("int", "str")
+    (True, False, True, False)
+    """
+    olds, news = _split(old), _split(new)
+    return olds <= news or not news.isdisjoint({"Any", "object"})
+
+
+def _split(text: str) -> frozenset[str]:
+    """Return the members of a union; of a `Literal` each of its values."""
+    try:
+        leaves = _flatten(_parse(text))
+    except (SyntaxError, ValueError, RecursionError):
+        return frozenset({text})
+    members = set()
+    for leaf in leaves:
+        match leaf:
+            case ast.Subscript(value=ast.Name(id="Literal"), slice=ast.Tuple(elts=values)):
+                members.update(f"Literal[{ast.unparse(value)}]" for value in values)
+            case _:
+                members.add(ast.unparse(leaf))
+    return frozenset(members)

@@ -173,6 +173,11 @@ CONFIG: list[tuple[Contract, Contract, Breakage]] = [
         contract(config=(field("n", "str"),)),
         ConfigFieldTypeChanged(subject="n", old="int", new="str"),
     ),
+    (
+        contract(config=(field("n"),)),
+        contract(config=(field("n", "int | None"),)),
+        ConfigFieldTypeWidened(subject="n", old="int", new="int | None"),
+    ),
     (contract(config=()), contract(config=(field("n"),)), RequiredConfigFieldAdded(subject="n")),
     (contract(config=()), contract(config=(field("n", has_default=True),)), OptionalConfigFieldAdded(subject="n")),
     (

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from hotglm.breakage import required_bump
 from hotglm.comparison import find_breakages
-from hotglm.config_spec import ConfigSpec
+from hotglm.compatibility import CompatibilityMode, Released, find_incompatibilities
+from hotglm.config_spec import ConfigSpec, FieldSpec
 from hotglm.contract import Contract
 from hotglm.spelling import spell_type, spell_value
+from hotglm.version import Bump, Version
 
 
 class Inner:
@@ -53,6 +56,34 @@ def test_a_type_has_one_text(spellings: tuple[Any, ...]) -> None:
 def test_other_types_have_other_texts(one: str, other: str) -> None:
     """What is normalised away is spelling alone."""
     assert spell_type(one) != spell_type(other)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "codes", "back"),
+    [
+        ("int", "Optional[int]", "CONFIG_FIELD_TYPE_WIDENED", "CONFIG_FIELD_TYPE_CHANGED"),
+        ("int | str", "str | None | int", "CONFIG_FIELD_TYPE_WIDENED", "CONFIG_FIELD_TYPE_CHANGED"),
+        ("Literal['a']", "Literal['b', 'a']", "CONFIG_FIELD_TYPE_WIDENED", "CONFIG_FIELD_TYPE_CHANGED"),
+        ("Literal['a'] | None", "None | Literal['b', 'a']", "CONFIG_FIELD_TYPE_WIDENED", "CONFIG_FIELD_TYPE_CHANGED"),
+        ("int", "Any", "CONFIG_FIELD_TYPE_WIDENED", "CONFIG_FIELD_TYPE_CHANGED"),
+        ("list[int]", "list[int] | None", "CONFIG_FIELD_TYPE_WIDENED", "CONFIG_FIELD_TYPE_CHANGED"),
+        ("int", "float", "CONFIG_FIELD_TYPE_CHANGED", "CONFIG_FIELD_TYPE_CHANGED"),
+        ("int | None", "int | str", "CONFIG_FIELD_TYPE_CHANGED", "CONFIG_FIELD_TYPE_CHANGED"),
+        ("list[int]", "list[Any]", "CONFIG_FIELD_TYPE_CHANGED", "CONFIG_FIELD_TYPE_CHANGED"),
+        ("", "int", "", ""),
+    ],
+)
+def test_a_wider_type_is_minor_one_way(old: str, new: str, codes: str, back: str) -> None:
+    """Old configs fit a field that takes more, new ones need not fit one that takes less; no annotation is unknown."""
+    specs = (FieldSpec(name="x", type=spell_type(text) if text else "", has_default=True) for text in (old, new))
+    one, other = (Contract(config=ConfigSpec(fields=(spec,))) for spec in specs)
+    assert [found.code for found in find_breakages(one, other)] == ([codes] if codes else [])
+    assert [found.code for found in find_breakages(other, one)] == ([back] if back else [])
+    bump = {"CONFIG_FIELD_TYPE_WIDENED": Bump.MINOR, "CONFIG_FIELD_TYPE_CHANGED": Bump.MAJOR, "": Bump.NONE}[codes]
+    assert required_bump(find_breakages(one, other)) is bump
+    before, after = Released(version=Version("1.0"), contract=one), Released(version=Version("1.1"), contract=other)
+    assert bool(find_incompatibilities([before], after, CompatibilityMode.BACKWARD)) is (bump is Bump.MAJOR)
+    assert bool(find_incompatibilities([before], after, CompatibilityMode.FORWARD)) is bool(codes)
 
 
 def test_a_factory_of_nothing_is_an_empty_default() -> None:
