@@ -216,7 +216,7 @@ def _split(text: str) -> frozenset[str]:
         leaves = _flatten(_parse(text))
     except (SyntaxError, ValueError, RecursionError):
         return frozenset({text})
-    members = set()
+    members: set[str] = set()
     for leaf in leaves:
         match leaf:
             case ast.Subscript(value=ast.Name(id="Literal"), slice=ast.Tuple(elts=values)):

@@ -23,6 +23,7 @@ from hotglm.breakage import (
     ConfigDefaultRemoved,
     ConfigFieldRemoved,
     ConfigFieldTypeChanged,
+    ConfigFieldTypeWidened,
     DefaultChanged,
     DefaultRemoved,
     DtypeChanged,
