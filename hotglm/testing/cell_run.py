@@ -37,7 +37,8 @@ from hotglm.testing.assertions import (
 )
 from hotglm.testing.cells import Cell, CellResult, Outcome
 from hotglm.testing.family import ModelFamily
-from hotglm.testing.traffic import Tolerance, Traffic
+from hotglm.testing.traffic import Tolerance, Traffic, describe_differences
+from hotglm.version import Version
 
 __all__ = ["CellRun"]
 
@@ -152,12 +153,17 @@ class CellRun:
             verify_unchanged(slot, before, inputs=traffic.inputs)
             traffic.wait_for_passes()
             raise _RefusedError(error) from error
+        arrived = staged.version
+        if arrived.local is None and arrived != Version(self.cell.incoming):  # a label stands for weights without one
+            raise AssertionError(
+                f"Expected a release of {self.cell.incoming}, got one of {arrived}. Remedy: correct make_release."
+            )
         return staged
 
     def _swap(self, slot: ModuleSlot, staged: Staged, traffic: Traffic, *, cold: nn.Module) -> None:
         """Commit, go back and come again, with passes running all the time; compare with the cold load each time."""
         is_same_code = type(staged.module) is type(slot.live.module)
-        number, old = staged.number, traffic.ask()
+        number, old, before = staged.number, traffic.ask(), look_at(slot)["state"]
         if wrong := find_cold_differences(staged.module, cold, traffic.inputs, tolerance=self._tolerance):
             lines = "".join(f"\n  - {line}" for line in wrong)
             raise AssertionError(f"Expected the staged version to equal a cold load of it, got:{lines}")
@@ -168,10 +174,15 @@ class CellRun:
             slot.commit(staged)
             self._compile(slot)
             traffic.settle()
+            _verify_live(slot, number)
             for target, answer in ((slot.history[-2].number, old), (number, new)):
                 traffic.announce(answer)
                 slot.rollback(to=target)
                 traffic.settle()
+                _verify_live(slot, target)
+                if target != number and (wrong := describe_differences(before, look_at(slot)["state"], name="state")):
+                    lines = "".join(f"\n  - {line}" for line in wrong)
+                    raise AssertionError(f"Expected the weights to be what they were after going back, got:{lines}")
         assert_swap_equals_cold(slot, cold, traffic.inputs, tolerance=self._tolerance)
 
     # -- axes ----------------------------------------------------------------------------------------------------------
@@ -226,6 +237,11 @@ class CellRun:
                 problems=[problem],
                 remedy="declare it: @hotglm.versioned(..., capabilities=[...]).",
             )
+
+
+def _verify_live(slot: ModuleSlot, number: int) -> None:
+    if slot.live.number != number:  # two versions may answer alike
+        raise AssertionError(f"Expected generation {number} to be live, got {slot.live.number}.")
 
 
 class _RefusedError(Exception):
