@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted.")
         return INTERRUPTED
-    except OSError as error:  # a full disk, most likely
-        _discard(sys.stdout)
+    except OSError as error:  # a full disk, most likely: of what was to be written, or of standard output
+        _discard_if_stuck(sys.stdout)
         _complain(describe_exception(error))
         return ERROR
 
@@ -76,6 +76,14 @@ def _complain(text: str) -> None:
         print(f"hotglm: {text}", file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
+
+
+def _discard_if_stuck(stream: TextIO) -> None:
+    """Do so with a stream that still does not take what is left in it; any other is whoever called's."""
+    try:
+        stream.flush()
+    except OSError:
+        _discard(stream)
 
 
 def _discard(stream: TextIO) -> None:

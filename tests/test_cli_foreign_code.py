@@ -122,6 +122,19 @@ def test_a_migration_of_tensors_excuses_no_config(
     assert [finding["breakage"]["code"] for finding in found] == wanted
 
 
+def test_a_failed_command_leaves_standard_output_to_its_caller(directory: Path) -> None:
+    """A file that cannot be written is no reason to lead the output of the process to nowhere."""
+    hotglm.save_weights({"w": torch.ones(2)}, "a.safetensors")
+    code = (
+        "from hotglm import cli; print('before');"
+        "print(cli.main(['stamp', 'a.safetensors', 'nowhere/x', '--version', '1']))"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["before", "2"]
+    assert done.stderr.count("\n") == 1
+
+
 def test_ctrl_c_ends_a_command_in_a_line(directory: Path) -> None:
     """An interrupted write leaves the file as it was, nothing beside it, and no traceback."""
     path = directory / "big.safetensors"
