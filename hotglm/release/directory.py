@@ -44,6 +44,9 @@ from hotglm.release.reading import (
 
 __all__ = ["Release", "cut_side_file", "cut_weight_file", "find_entries", "is_release", "open_release"]
 
+_BATCH = 64
+"""How many side files are open at once."""
+
 _CONFIG = "config.json"
 _REMEDY = "publish the release again with `hotglm pack`, or fetch all of it again."
 
@@ -142,13 +145,15 @@ class Release:
         manifest = self.manifest
         with ExitStack() as stack:
             weights = () if manifest.weights is None else stack.enter_context(self.open_weights()).files
-            cut = [cut_weight_file(file, name=self._name_of(file)) for file in weights]
-            others = manifest.files.keys() - {file.path for file in cut}
-            cut += [cut_side_file(self.find_path(name), name=name, stack=stack) for name in sorted(others)]
             meter = HashMeter("verify", manifest.total_nbytes, progress)
-            of_files, of_tensors = hash_pieces(cut, meter=meter)
-            for one in cut:
-                verify_identity(one.fd, identity=one.identity, path=self.find_path(one.path))
+            cut = [cut_weight_file(file, name=self._name_of(file)) for file in weights]
+            of_files, of_tensors = self._hash(cut, meter=meter)
+        others = sorted(manifest.files.keys() - of_files.keys())
+        for start in range(0, len(others), _BATCH):
+            with ExitStack() as stack:
+                names = others[start : start + _BATCH]
+                cut = [cut_side_file(self.find_path(name), name=name, stack=stack) for name in names]
+                of_files |= self._hash(cut, meter=meter)[0]
         problems = [
             _mismatch(self.find_path(name), entry.digest, of_files[name])
             for name, entry in manifest.files.items()
@@ -174,6 +179,12 @@ class Release:
     ) -> None:
         """Close it."""
         self.close()
+
+    def _hash(self, cut: list[FilePieces], *, meter: HashMeter) -> tuple[dict[str, str], dict[str, str]]:
+        digests = hash_pieces(cut, meter=meter)
+        for one in cut:
+            verify_identity(one.fd, identity=one.identity, path=self.find_path(one.path))
+        return digests
 
     def _name_of(self, file: WeightFile) -> str:
         return os.path.relpath(file.path, self.path).replace(os.sep, "/")
@@ -221,7 +232,10 @@ def open_release(path: str | os.PathLike[str]) -> Release:
         SourceReadError: something cannot be read.
     """
     try:
-        directory = os.path.abspath(os.fspath(path))
+        # Links on the way are followed once: one that is turned while a release is read does not lead to another one.
+        directory = os.path.realpath(os.fsdecode(path))
+    except ValueError as error:  # a NUL
+        raise read_error(error, path=os.fsdecode(path)) from error
     except TypeError as error:
         raise ArgumentError(
             f"Expected a path, got {shorten_repr(type(path).__name__)}.", remedy="give a str or os.PathLike."
@@ -257,7 +271,7 @@ def is_release(path: str) -> bool:
 
 def _take_lease(directory: str, *, stack: ExitStack) -> None:
     try:
-        fd = lock_directory(os.path.realpath(directory))
+        fd = lock_directory(directory)
     except (OSError, ValueError) as error:
         raise read_error(error, path=directory) from error
     if fd is None:

@@ -84,7 +84,7 @@ def open_draft(source: str | os.PathLike[str], *, stack: ExitStack) -> Draft:
         SourceError: its weights cannot be used.
     """
     try:
-        path = os.path.abspath(os.fspath(source))
+        path = os.path.abspath(os.fsdecode(source))
     except TypeError as error:
         found = shorten_repr(type(source).__name__)
         raise ArgumentError(f"Expected a path, got {found}.", remedy="give a str or os.PathLike.") from error

@@ -14,9 +14,10 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from hotglm.errors import ThreadStartError
 from hotglm.progress import Progress
 from hotglm.release.reading import FileIdentity, read_exactly
 from hotglm.release.writing import write_all, writing
@@ -139,6 +140,7 @@ def hash_pieces(files: Sequence[FilePieces], *, meter: HashMeter) -> tuple[dict[
         SourceChangedError: a file ends too early.
         SourceReadError: the OS refused to read.
         StoreWriteError: the OS refused to write.
+        ThreadStartError: no thread could be started.
     """
     work = [(file, piece) for file in files for piece in file.pieces]
 
@@ -151,12 +153,25 @@ def hash_pieces(files: Sequence[FilePieces], *, meter: HashMeter) -> tuple[dict[
     else:
         with ThreadPoolExecutor(num_threads, thread_name_prefix="hotglm-hash") as pool:
             try:
-                digests = list(pool.map(hash_one, work))
+                digests = [future.result() for future in _submit_all(pool, hash_one, work)]
             except BaseException:
                 meter.is_stopped = True
                 pool.shutdown(cancel_futures=True)
                 raise
     return _gather(files, iter(digests))
+
+
+def _submit_all(
+    pool: ThreadPoolExecutor,
+    hash_one: Callable[[tuple[FilePieces, Piece]], str],
+    work: Sequence[tuple[FilePieces, Piece]],
+) -> list[Future[str]]:
+    try:
+        return [pool.submit(hash_one, task) for task in work]
+    except RuntimeError as error:
+        raise ThreadStartError(
+            "Expected threads to hash with, got none.", remedy="free threads or memory, and try again."
+        ) from error
 
 
 def _gather(files: Sequence[FilePieces], digests: Iterator[str]) -> tuple[dict[str, str], dict[str, str]]:

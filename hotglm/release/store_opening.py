@@ -38,7 +38,7 @@ def open_store(path: str | os.PathLike[str], *, creates: bool = False, lock_time
         SourceReadError: it cannot be read.
     """
     try:
-        directory = os.path.abspath(os.fspath(path))
+        directory = os.path.abspath(os.fsdecode(path))
     except TypeError as error:
         found = shorten_repr(type(path).__name__)
         raise ArgumentError(f"Expected a path, got {found}.", remedy="give a str or os.PathLike.") from error
