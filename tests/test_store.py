@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +23,6 @@ from hotglm.release.locks import hold_exclusively
 from hotglm.release.packing import ReleaseDetails, pack
 from hotglm.release.store import Store
 from hotglm.release.store_opening import open_store
-from hotglm.release.workspace import make_workspace
 from support.releases import write_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -297,87 +294,6 @@ def test_a_damaged_label_is_refused_and_nothing_is_collected(text: str, store: S
             ask()
         assert "stable.json" in str(refusal.value)
     assert len(versions(store)) == 5
-
-
-# -- collection --------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_named_or_new_stays(store: Store, sources: Path) -> None:
-    """S7: labels, their history, services and the newest releases keep what they name; the rest goes, content too."""
-    fill(store, sources, 5)
-    store.move_label("stable", "1.0.0")
-    store.move_label("stable", "1.4.0")
-    with store.open_release("1.1.0") as release:
-        store.service("api").begin(release).confirm()
-    collected = store.collect_garbage(keep_newest=1)
-    assert [str(one.version) for one in collected.removed] == ["1.2.0", "1.3.0"]
-    assert collected.num_objects == 2
-    assert versions(store) == ["1.0.0", "1.1.0", "1.4.0"]
-    for version in versions(store):
-        with store.open_release(version) as release:
-            release.verify()
-    assert len(os.listdir(store.join("objects"))) == 5  # three weights, one config, one vocabulary
-    again = store.collect_garbage(keep_newest=1)
-    assert (again.removed, again.num_objects, again.debris) == ((), 0, ())
-
-
-def test_numbers_are_not_given_twice(store: Store, sources: Path) -> None:
-    """S2: a number that was collected is not given again, and the newest release is never collected."""
-    fill(store, sources, 3)
-    store.collect_garbage(keep_newest=1)
-    assert versions(store) == ["1.2.0"]
-    assert store.publish(sources / "4", name="ranker", version="2.0.0").sequence == 4
-    with pytest.raises(ArgumentError):
-        store.collect_garbage(keep_newest=0)
-
-
-def test_what_somebody_has_open_is_not_collected(store: Store, sources: Path) -> None:
-    """S8, D17: an open release stays whole until it is closed."""
-    fill(store, sources, 3)
-    with store.open_release("1.0.0") as release:
-        collected = store.collect_garbage(keep_newest=1)
-        assert [str(one.version) for one in collected.in_use] == ["1.0.0"]
-        assert versions(store) == ["1.0.0", "1.2.0"]
-        release.verify()
-    assert [str(one.version) for one in store.collect_garbage(keep_newest=1).removed] == ["1.0.0"]
-
-
-HOLD = """
-import sys
-from hotglm.release.store_opening import open_store
-release = open_store(sys.argv[1]).open_release("1.0.0")
-print("open", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_killed_reader_keeps_nothing(store: Store, sources: Path) -> None:
-    """S8: a lease of another process holds while it lives, and ends with it however it ends."""
-    fill(store, sources, 2)
-    command = [sys.executable, "-c", HOLD, store.path]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == "open\n"
-        assert store.collect_garbage(keep_newest=1).removed == ()
-        reader.send_signal(signal.SIGKILL)
-        reader.wait(30)
-    assert [str(one.version) for one in store.collect_garbage(keep_newest=1).removed] == ["1.0.0"]
-
-
-def test_debris_is_ignored_and_cleaned(store: Store, sources: Path) -> None:
-    """S9, D16: what killed processes left is no release, and goes with the next publisher; what lives stays."""
-    shutil.copytree(sources / "0", store.join("tmp", ".hotglm-0123.partial"))
-    os.mkdir(store.join("releases", "junk"))
-    os.mkdir(store.join("releases", ".hotglm-1.partial"))
-    Path(store.join("labels", ".hotglm-2.partial")).write_text("x")
-    Path(store.join("labels", "stable.json.swp")).write_text("x")
-    with make_workspace(store.join("tmp")) as alive:
-        store.publish(sources / "0", name="ranker", version="1.0.0")
-        assert os.listdir(store.join("tmp")) == [os.path.basename(alive)]
-        assert versions(store) == ["1.0.0"]
-        assert store.collect_garbage().debris == (".hotglm-2.partial",)
-        assert os.path.isdir(alive)
-    assert os.listdir(store.join("tmp")) == []
 
 
 # -- locks and opening -------------------------------------------------------------------------------------------------
