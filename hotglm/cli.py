@@ -100,9 +100,20 @@ def _run(words: list[str]) -> int:
         # By name, because the demo imports torch, which everything else here does without.
         code: int = importlib.import_module(_DEMO_MODULE).main(words[1:])
         return code
-    arguments = _make_parser().parse_args(words)
+    arguments = _parse(words)
     command: Command = arguments.command
     return command.run(arguments)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _make_parser()
+    arguments, rest = parser.parse_known_args(words)
+    # argparse takes a DST that may be left out for left out as soon as an option follows SRC.
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(arguments, "target", "") is None:
+        arguments.target, rest = rest[0], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -135,6 +135,22 @@ def test_a_failed_command_leaves_standard_output_to_its_caller(directory: Path) 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["a.safetensors", "b.safetensors", "--version", "2"], ["a.safetensors", "--version", "2", "b.safetensors"]],
+    ids=["before", "behind"],
+)
+def test_the_target_may_stand_behind_options(directory: Path, words: list[str]) -> None:
+    """DST is found wherever it stands, and SRC is not written over instead."""
+    hotglm.save_weights({"w": torch.ones(2)}, "a.safetensors")
+    before = (directory / "a.safetensors").read_bytes()
+    assert run("stamp", *words) == 0
+    assert (directory / "b.safetensors").exists()
+    assert (directory / "a.safetensors").read_bytes() == before
+    with pytest.raises(SystemExit):
+        run("stamp", *words, "c.safetensors")
+
+
 def test_ctrl_c_ends_a_command_in_a_line(directory: Path) -> None:
     """An interrupted write leaves the file as it was, nothing beside it, and no traceback."""
     path = directory / "big.safetensors"
