@@ -64,8 +64,8 @@ def fuzz(seed: int, num: int) -> tuple[int, set[str]]:
 
 def test_mutated_manifests_never_surprise() -> None:
     """A38: thousands of mutations are refused with typed errors, or say something else in its one spelling."""
-    num_taken, codes = fuzz(5, 5000)
-    assert num_taken > 50
+    num_taken, codes = fuzz(5, 3000)
+    assert num_taken > 30
     assert len(codes) >= 18  # the mutations reach this many kinds of refusal
 
 
@@ -85,7 +85,7 @@ def test_mutated_records_never_surprise(tmp_path: Path) -> None:
     good = path.read_bytes()
     document = json.loads(good)
     num_refused = 0
-    for _ in range(2000):
+    for _ in range(500):
         is_bytes = rng.random() < 0.5
         text = mutate_bytes(good, good, rng) if is_bytes else json.dumps(mutate_value(document, rng)).encode()
         path.write_bytes(text)
@@ -95,4 +95,4 @@ def test_mutated_records_never_surprise(tmp_path: Path) -> None:
             assert isinstance(label.release.sequence, int)
         except StoreError:
             num_refused += 1
-    assert num_refused > 1000
+    assert num_refused > 250

@@ -306,11 +306,11 @@ def test_a_link_to_a_release_is_followed_once(release: Path, tmp_path: Path) -> 
 def test_more_files_than_descriptors_are_verified(tmp_path: Path) -> None:
     """D14: a release of more side files than a process may open is packed and verified."""
     source = write_source(tmp_path / "source")
-    for number in range(300):
+    for number in range(200):
         (source / f"side-{number}.txt").write_text(str(number))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_open = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 160, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 150, hard))
     try:
         with pack(source, tmp_path / "release", name="ranker", version="1.4.0") as opened:
             opened.verify()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from hotglm.release.locks import hold_exclusively
 from hotglm.release.packing import ReleaseDetails, pack
 from hotglm.release.store import Store
 from hotglm.release.store_opening import open_store
+from hotglm.testing.seams import hooked
 from support.releases import write_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -337,3 +339,29 @@ def test_only_a_store_is_opened(tmp_path: Path) -> None:
     with pytest.raises(StoreError):
         open_store(tmp_path / "half")
     assert not (tmp_path / "missing").exists()
+
+
+def test_a_label_that_moves_while_it_is_followed_is_found(store: Store, sources: Path) -> None:
+    """S4: whoever follows a label finds where it leads, though it moves to what was published just now."""
+    fill(store, sources, 2)
+    store.move_label("stable", "1.0.0")
+    moved: list[str] = []
+
+    def move(kind: str, _: int, args: tuple[object, ...]) -> None:
+        if kind == "listdir" and str(args[0]).endswith("releases") and not moved:
+            moved.append("now")
+            store.publish(sources / "3", name="ranker", version="2.0.0")
+            store.move_label("stable", "2.0.0")
+            shutil.rmtree(store.find_release("1.0.0").path)  # as if it was collected
+
+    def late(kind: str, _: int, args: tuple[object, ...]) -> None:
+        if kind == "open" and str(args[0]).endswith("stable.json") and not moved:
+            moved.append("now")
+            store.publish(sources / "4", name="ranker", version="3.0.0")
+            store.move_label("stable", "3.0.0")
+
+    for hook, expected in ((move, "2.0.0"), (late, "3.0.0")):
+        moved.clear()
+        with hooked(hook), store.open_release("stable") as release:
+            assert str(release.manifest.version) == expected
+        assert moved

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOWS = ("kill", "torn", "EIO", "ENOSPC", "EMFILE")
-STEPS = {"publish": 4, "label": 3, "collect": 5, "trial": 3, "create": 2, "pack": 6, "pack-in-place": 5}
+STEPS = {"publish": 6, "label": 3, "collect": 7, "trial": 3, "create": 2, "pack": 9, "pack-in-place": 7}
 """The short form: every how many calls one is killed. The long form takes all of them."""
 
 LEAST_CALLS = {"publish": 80, "label": 40, "collect": 60, "trial": 40, "create": 20, "pack": 80, "pack-in-place": 60}
@@ -29,16 +29,16 @@ def directory() -> Iterator[Path]:
         yield Path(path)
 
 
-def run_sweep(name: str, how: str, step: int, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run one sweep in a process of its own."""
-    command = [sys.executable, "-m", "support.kill_sweep", name, how, str(step), str(directory)]
+def run_program(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run a program of `support` in a process of its own."""
+    command = [sys.executable, "-m", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
 
 def sweep(name: str, how: str, step: int, directory: Path) -> int:
     """Run one sweep and return the number of calls it saw."""
-    done = run_sweep(name, how, step, directory)
+    done = run_program("support.kill_sweep", name, how, step, directory)
     assert done.returncode == 0, done.stderr[-4000:]
     return int(done.stdout)
 
@@ -63,7 +63,7 @@ def test_a_failing_call_changes_nothing(name: str, directory: Path) -> None:
 
 def test_the_sweep_finds_a_planted_bug(directory: Path) -> None:
     """A label that is removed and written again, instead of replaced whole, is lost at some call, and that is seen."""
-    done = run_sweep("planted-label", "kill", 1, directory)
+    done = run_program("support.kill_sweep", "planted-label", "kill", 1, directory)
     assert done.returncode != 0
     assert "of planted-label, kill" in done.stderr
 
@@ -74,3 +74,10 @@ def test_the_sweep_finds_a_planted_bug(directory: Path) -> None:
 def test_every_call_in_every_way(name: str, how: str, directory: Path) -> None:
     """The long form: every call of every change, killed, torn or failing, one by one."""
     assert sweep(name, how, 1, directory) >= (0 if how == "torn" else LEAST_CALLS[name])
+
+
+@pytest.mark.parametrize("num_kills", [30, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_storm_of_kills_leaves_a_whole_store(num_kills: int, directory: Path) -> None:
+    """D17: processes that change one store at once and are killed at random lose nothing that was named or reported."""
+    done = run_program("support.kill_storm", num_kills, directory)
+    assert done.returncode == 0, done.stderr[-4000:]

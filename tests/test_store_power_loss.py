@@ -21,7 +21,7 @@ from support.kill_sweep import verify_store
 from support.power_loss import Recorder, replay
 from support.releases import write_source
 
-NUM_CUTS = 150
+NUM_CUTS = 100
 SHARES = (0.0, 0.3, 0.7, 0.95)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from hotglm.errors import ArgumentError, Problem, SourceError, StoreError, shorten_repr
+from hotglm.errors import ArgumentError, Problem, SourceError, StoreError, VersionSyntaxError, shorten_repr
 from hotglm.release.directory import Release, open_release
 from hotglm.release.ledger import Label, ServiceState, read_record, verify_word
 from hotglm.release.locks import hold_exclusively
@@ -82,16 +82,18 @@ class StoreReader:
             StoreError: there is none (NOT_IN_STORE), or the label is damaged.
             SourceReadError: the store cannot be listed.
         """
-        releases = self.find_releases()
-        wanted: object = target
-        if isinstance(target, str) and (label := self.read_label(target)) is not None:
-            wanted = label.release.sequence
-        if not isinstance(wanted, int):
-            with contextlib.suppress(ArgumentError):
-                wanted = Version(wanted)  # type: ignore[arg-type]  # it refuses what is none
-        for one in releases:
-            if (one.sequence if isinstance(wanted, int) else one.version) == wanted:
-                return one
+        releases: list[StoredRelease] = []
+        for _ in range(_MAX_TRIES):
+            # The label first: where it leads now was published before, so a listing that comes after has it.
+            label = self.read_label(target) if isinstance(target, str) else None
+            releases = self.find_releases()
+            wanted = _as_wanted(target) if label is None else label.release.sequence
+            for one in releases:
+                if (one.sequence if isinstance(wanted, int) else one.version) == wanted:
+                    return one
+            if label is None or self.read_label(label.name) == label:
+                break
+            # Moved on meanwhile, and what it led to was collected: look again.
         latest = f"the latest is {releases[-1].version}" if releases else "it is empty"
         message = f"Expected a label, version or sequence number of this store, got {shorten_repr(str(target))}."
         raise StoreError(
@@ -177,3 +179,13 @@ class StoreReader:
     def _ledgers(self, directory: str) -> list[str]:
         names = list_directory(self.join(directory))
         return [name for name in names if name.endswith(_LEDGER_SUFFIX) and not name.startswith(".")]
+
+
+def _as_wanted(target: str | int | Version) -> int | Version | None:
+    """Return what is looked for among the releases; None where it can be none."""
+    if isinstance(target, int):
+        return target
+    try:
+        return Version(target)
+    except VersionSyntaxError:
+        return None
