@@ -160,7 +160,11 @@ def test_ctrl_c_ends_a_command_in_a_line(directory: Path) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + nbytes)
     words = [sys.executable, "-m", "hotglm", "stamp", str(path), "--version", "2.0"]
-    process = subprocess.Popen(words, env={"PYTHONPATH": ":".join(sys.path)}, stderr=subprocess.PIPE, text=True)
+    env = {"PYTHONPATH": ":".join(sys.path)}
+    # A shell starts what runs in its background with Ctrl-C ignored, and a child inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     while not list(directory.glob(".hotglm-*")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)

@@ -69,6 +69,7 @@ ENDINGS = """
     import tempfile
     os.chdir(tempfile.mkdtemp())
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
     from hotglm.slot import stager
     stager._STOP_GRACE_S = 0.05
     go = os.pipe()
