@@ -25,7 +25,7 @@ from hotglm.release.packing import ReleaseDetails, pack
 from hotglm.release.store import Store
 from hotglm.release.store_opening import open_store
 from hotglm.testing.seams import hooked
-from support.releases import write_source
+from support.releases import fill, versions, write_source
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,16 +41,6 @@ def sources(tmp_path: Path) -> Path:
     for seed in range(5):
         write_source(tmp_path / "sources" / str(seed), seed=seed)
     return tmp_path / "sources"
-
-
-def fill(store: Store, sources: Path, num: int) -> None:
-    """Publish versions 1.0.0, 1.1.0 and so on."""
-    for seed in range(num):
-        store.publish(sources / str(seed), name="ranker", version=f"1.{seed}.0")
-
-
-def versions(store: Store) -> list[str]:
-    return [str(one.version) for one in store.find_releases()]
 
 
 def code_of(error: pytest.ExceptionInfo[hotglm.HotglmError]) -> str:

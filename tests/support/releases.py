@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from hotglm.environment import Environment
 from hotglm.manifest_fields import MAX_SEQUENCE, CodeEntry, FileEntry, Manifest, ReleasedTensor, find_path_faults
+from hotglm.release.store import Store
 from hotglm.version import Version
 from support.bytes_maker import layout, make_file
 from support.contracts import call_specs, output_specs
 
-__all__ = ["manifests", "small_manifest", "write_source"]
+__all__ = ["fill", "manifests", "small_manifest", "versions", "write_source"]
 
 SHA = "0123456789abcdef" * 4
 SHAPES = {"w": ("F32", (2, 3)), "b": ("BF16", (3,)), "empty": ("I8", (0, 4)), "scalar": ("I64", ())}
@@ -115,3 +116,14 @@ def manifests(draw: st.DrawFn) -> Manifest:
         expires_at=draw(st.none() | _times),
         code=draw(st.none() | st.just(CodeEntry(entry="a.b:C", files=tuple(sorted(others))))),
     )
+
+
+def fill(store: Store, sources: Path, num: int) -> None:
+    """Publish versions 1.0.0, 1.1.0 and so on."""
+    for seed in range(num):
+        store.publish(sources / str(seed), name="ranker", version=f"1.{seed}.0")
+
+
+def versions(store: Store) -> list[str]:
+    """Return the versions in a store, in the order they were published."""
+    return [str(one.version) for one in store.find_releases()]
