@@ -15,7 +15,7 @@ SHELL := /bin/bash
 
 # The interpreter that .venv is made with; any CPython from 3.11 on, but the pins are tried on 3.11.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-EXTRAS := test,hf,demo,dev
+EXTRAS := test,hf,sign,delta,watch,demo,dev
 
 VENV := .venv
 RUN := $(VENV)/bin/python

@@ -14,6 +14,9 @@ The tree (`tests/test_errors.py` holds it equal to the classes):
     │   ├── DigestMismatchError     the bytes are not the ones that were promised
     │   ├── HeaderError             a safetensors header that breaks the format or our caps
     │   ├── ReleaseError            a release whose manifest breaks the format, or that is not what its manifest says
+    │   │   └── DeltaError          a delta that cannot be applied
+    │   │       ├── DeltaChainError  the releases that it builds on are not there, in a circle, or too many
+    │   │       └── WrongBaseError   it was made against something else than what is there
     │   ├── ShardIndexError         a shard index that does not fit its shards
     │   ├── SourceChangedError      the source changed while it was being read
     │   ├── SourceReadError         the operating system refused to open or read it
@@ -23,7 +26,8 @@ The tree (`tests/test_errors.py` holds it equal to the classes):
     │   ├── DefinitionError         a decorator or declaration that contradicts itself
     │   ├── NotMaterializedError    lazy or meta tensors are left in it
     │   ├── StaleStateError         state that would silently keep its old value after a swap
-    │   └── UncopyableError         a hook, attribute or tensor that cannot be carried over
+    │   ├── UncopyableError         a hook, attribute or tensor that cannot be carried over
+    │   └── UnswappableError        compiled, frozen or captured code that holds copies of the weights
     ├── CheckError                  a staged generation failed its proof
     │   ├── CallableCheckError      a check given by the user said no, or raised
     │   ├── GoldenMismatchError     outputs differ from the golden ones
@@ -44,6 +48,11 @@ The tree (`tests/test_errors.py` holds it equal to the classes):
     │   ├── NoRollbackError         no earlier generation is held
     │   ├── SlotClosedError         the slot was closed
     │   └── SupersededError         a newer stage took this one's place
+    ├── TrustError                  the host's own trust policy refuses a release
+    │   ├── ExpiredError            it, or the roots of trust, must not be taken for new any more
+    │   ├── ReplayedError           it is older than one accepted before, reuses its number, or leaps too far ahead
+    │   ├── SignatureError          no signatures, or none that the roots allow for this
+    │   └── TrustStateError         what is remembered of accepted releases is missing or damaged
     ├── StoreError                  a store of releases cannot do that
     │   ├── StoreBusyError          another process held the store's lock for too long
     │   ├── StoreConflictError      another came first: a version that is taken, a label that was moved
@@ -60,6 +69,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hotglm.problem import HotglmError, Problem, shorten_repr
+from hotglm.source_errors import (
+    DeltaChainError,
+    DeltaError,
+    DigestMismatchError,
+    ExpiredError,
+    HeaderError,
+    ReleaseError,
+    ReplayedError,
+    ShardIndexError,
+    SignatureError,
+    SourceChangedError,
+    SourceError,
+    SourceReadError,
+    StoreBusyError,
+    StoreConflictError,
+    StoreError,
+    StoreWriteError,
+    TensorValueError,
+    TrustError,
+    TrustStateError,
+    WrongBaseError,
+)
 
 if TYPE_CHECKING:
     from hotglm.verdict import Verdict
@@ -71,9 +102,12 @@ __all__ = [
     "CheckError",
     "ConflictError",
     "DefinitionError",
+    "DeltaChainError",
+    "DeltaError",
     "DigestMismatchError",
     "DiscardedError",
     "DrainTimeoutError",
+    "ExpiredError",
     "GoldenMismatchError",
     "HeaderError",
     "HotglmError",
@@ -92,7 +126,9 @@ __all__ = [
     "ReentrantError",
     "RefreshError",
     "ReleaseError",
+    "ReplayedError",
     "ShardIndexError",
+    "SignatureError",
     "SlotClosedError",
     "SlotStateError",
     "SourceChangedError",
@@ -108,10 +144,14 @@ __all__ = [
     "SupersededError",
     "TensorValueError",
     "ThreadStartError",
+    "TrustError",
+    "TrustStateError",
     "UncopyableError",
     "UnknownVersionError",
+    "UnswappableError",
     "VersionSyntaxError",
     "WarmUpError",
+    "WrongBaseError",
     "shorten_repr",
 ]
 
@@ -126,54 +166,6 @@ class VersionSyntaxError(ArgumentError):
     """A version, range or requirement does not parse."""
 
     code = "BAD_VERSION"
-
-
-class SourceError(HotglmError):
-    """The bytes that were offered cannot be used."""
-
-    code = "BAD_SOURCE"
-
-
-class DigestMismatchError(SourceError):
-    """The bytes are not the ones that were promised."""
-
-    code = "DIGEST_MISMATCH"
-
-
-class HeaderError(SourceError):
-    """A safetensors header breaks the format or our caps."""
-
-    code = "BAD_HEADER"
-
-
-class ReleaseError(SourceError):
-    """A release whose manifest breaks the format, or a directory that is not what its manifest says."""
-
-    code = "BAD_RELEASE"
-
-
-class ShardIndexError(SourceError):
-    """A shard index does not fit its shards."""
-
-    code = "BAD_INDEX"
-
-
-class SourceChangedError(SourceError):
-    """The source was truncated, overwritten or replaced while it was being read."""
-
-    code = "SOURCE_CHANGED"
-
-
-class SourceReadError(SourceError, OSError):
-    """The operating system refused to open or read the source."""
-
-    code = "IO_ERROR"
-
-
-class TensorValueError(SourceError):
-    """A mapping or file holds a tensor that cannot be loaded as it is."""
-
-    code = "BAD_TENSOR"
 
 
 class IncompatibleError(HotglmError):
@@ -215,6 +207,12 @@ class UncopyableError(ModuleError):
     """A hook, attribute or tensor cannot be carried over to the next generation."""
 
     code = "UNCOPYABLE"
+
+
+class UnswappableError(ModuleError):
+    """Compiled, frozen or captured code holds copies of the weights, which no swap would reach."""
+
+    code = "CANNOT_SWAP"
 
 
 class CheckError(HotglmError):
@@ -342,30 +340,6 @@ class SupersededError(SlotStateError):
     """A newer stage took the place of this one before it was committed."""
 
     code = "SUPERSEDED"
-
-
-class StoreError(HotglmError):
-    """A store of releases cannot do that; it is as it was."""
-
-    code = "STORE"
-
-
-class StoreBusyError(StoreError, TimeoutError):
-    """Another process held the store's lock for longer than the caller was ready to wait."""
-
-    code = "STORE_BUSY"
-
-
-class StoreConflictError(StoreError):
-    """Another came first: the version is taken, the label was moved, or the release is refused meanwhile."""
-
-    code = "STORE_CONFLICT"
-
-
-class StoreWriteError(StoreError, OSError):
-    """The operating system refused to write; what is on disk is the old state or, after a late failure, the new."""
-
-    code = "STORE_WRITE"
 
 
 class DrainTimeoutError(HotglmError, TimeoutError):

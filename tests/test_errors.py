@@ -14,10 +14,12 @@ from hotglm.errors import HotglmError, IncompatibleError, Problem, shorten_repr
 from hotglm.verdict import Verdict
 from hotglm.version import Bump, Version
 
+MODULES = {"hotglm.errors", "hotglm.source_errors"}
+
 
 def find_classes(root: type[HotglmError] = HotglmError) -> list[type[HotglmError]]:
-    """Return `root` and everything below it that errors.py defines."""
-    below = [cls for sub in root.__subclasses__() for cls in find_classes(sub) if cls.__module__ == "hotglm.errors"]
+    """Return `root` and everything below it that hotglm defines."""
+    below = [cls for sub in root.__subclasses__() for cls in find_classes(sub) if cls.__module__ in MODULES]
     return [root, *below]
 
 
