@@ -9,17 +9,21 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 
 from hotglm.call_spec import CallSpec
 from hotglm.config_spec import ConfigSpec
 from hotglm.contract import Contract
+from hotglm.delta_fields import DeltaFields
 from hotglm.environment import Environment
+from hotglm.file_entry import FileEntry
+from hotglm.header import DTYPES
 from hotglm.output_spec import OutputSpec
 from hotglm.version import Version
 
@@ -28,7 +32,6 @@ __all__ = [
     "MAX_SEQUENCE",
     "RESERVED_PREFIX",
     "CodeEntry",
-    "FileEntry",
     "Manifest",
     "ReleasedTensor",
     "find_path_fault",
@@ -45,24 +48,11 @@ RESERVED_PREFIX = "hotglm-manifest."
 MAX_SEQUENCE = 2**53 - 1
 """Largest sequence number (M5): every reader of JSON holds it exactly."""
 
+_NBITS = {info.torch_name: info.nbits for info in DTYPES.values() if info.torch_name}
 _MAX_PATH_NBYTES = 1024
 _MAX_NAME_NBYTES = 255
 _MAX_DEPTH = 16
 _BAD_IN_PATH = re.compile(r'[\x00-\x1f\x7f-\x9f\\:*?"<>|\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileEntry:
-    """One file of a release.
-
-    Attributes:
-        size: in bytes.
-        digest: `sha256:` and 64 hexadecimal digits over its bytes, or `safetensors:` and as many over the digests of
-            its header and tensors (D2).
-    """
-
-    size: int
-    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +71,11 @@ class ReleasedTensor:
     shape: tuple[int, ...]
     digest: str
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes; 0 for a dtype that the format does not have."""
+        return math.prod(self.shape) * _NBITS.get(self.dtype, 0) // 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodeEntry:
@@ -97,14 +92,14 @@ class CodeEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a full release says about itself.
+    """Everything that a release says about itself.
 
     Attributes:
         name: name of the model.
         version: its version.
         sequence: grows with every release of a store, from 1.
-        files: every file by path, sorted; read-only.
-        tensors: every tensor by name, sorted; read-only.
+        files: every file of its directory by path, sorted; read-only.
+        tensors: every tensor by name, sorted; read-only. Those of a delta are those that it leads to.
         weights: path of the safetensors file or shard index to load; None where the release carries no weights.
         config: fields of the model's config; None where unknown. Read-only at its first level.
         requires: PEP 508 requirements.
@@ -116,6 +111,7 @@ class Manifest:
         created_in: what it was made on; None where unknown. Never decided upon, only compared.
         expires_at: when it must no longer be taken for new, in UTC, to the second; None for never.
         code: declared code; None where there is none.
+        delta: what a delta says beyond that; None for a full release.
     """
 
     name: str
@@ -134,7 +130,7 @@ class Manifest:
     created_in: Environment | None = None
     expires_at: datetime | None = None
     code: CodeEntry | None = None
-    kind: str = field(default="full", init=False)
+    delta: DeltaFields | None = None
 
     def __post_init__(self) -> None:
         """Take private read-only copies, sorted and cut to the second as they are written."""
@@ -145,6 +141,19 @@ class Manifest:
         object.__setattr__(self, "tensors", MappingProxyType(dict(sorted(self.tensors.items()))))
         if self.config is not None:
             object.__setattr__(self, "config", MappingProxyType(dict(self.config)))
+
+    @property
+    def kind(self) -> str:
+        """`"full"`, or `"delta"` (M6)."""
+        return "full" if self.delta is None else "delta"
+
+    @property
+    def result(self) -> Manifest:
+        """The full manifest that a delta leads to; a full release is its own (D5)."""
+        if self.delta is None:
+            return self
+        kept = {path: entry for path, entry in self.files.items() if path != self.delta.payload}
+        return replace(self, files=kept | dict(self.delta.files), delta=None)
 
     @property
     def contract(self) -> Contract:

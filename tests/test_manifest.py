@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 
 from hotglm.errors import ReleaseError
+from hotglm.file_entry import FileEntry
 from hotglm.manifest import MAX_MANIFEST_NBYTES, format_manifest, parse_manifest
-from hotglm.manifest_fields import FileEntry, Manifest
+from hotglm.manifest_fields import Manifest
 from support.releases import manifests, small_manifest
 
 GOOD = format_manifest(small_manifest())
@@ -152,7 +153,7 @@ BAD_FIELDS: list[tuple[tuple[str | int, ...], object, str]] = [
     ),
     (("created", "at"), None, "BAD_FIELD"),
     (("created", "environment"), {"python": 3}, "BAD_ENVIRONMENT"),
-    (("kind",), "delta", "DELTA_UNSUPPORTED"),
+    (("kind",), "delta", "MISSING_FIELD"),
     (("kind",), "patch", "KIND_UNKNOWN"),
     (("format",), "hotglm.release/2", "FORMAT_UNKNOWN"),
     (("weights",), "code/model.py", "BAD_FIELD"),

@@ -11,7 +11,9 @@ import pytest
 
 from hotglm.errors import ReleaseError, StoreError
 from hotglm.manifest import format_manifest, parse_manifest
+from hotglm.manifest_fields import Manifest
 from hotglm.release.ledger import Label, LabelMove, ReleaseId, read_record, write_ledger
+from support.deltas import small_delta
 from support.mutator import mutate_bytes
 from support.releases import small_manifest
 
@@ -40,17 +42,19 @@ def mutate_value(value: Any, rng: random.Random) -> Any:
     return rng.choice(VALUES)
 
 
-def fuzz(seed: int, num: int) -> tuple[int, set[str]]:
+def fuzz(seed: int, num: int, original: Manifest) -> tuple[int, set[str]]:
     """Parse `num` mutations; return how many were taken, and every code that one was refused with."""
     rng = random.Random(seed)
-    good = format_manifest(small_manifest())
+    good = format_manifest(original)
     document = json.loads(good)
     num_taken, codes = 0, set()
     for _ in range(num):
         if rng.random() < 0.4:
             text = mutate_bytes(good, good, rng)
         else:
-            changed = mutate_value(document, rng)
+            is_inside = "delta" in document and rng.random() < 0.7
+            changed = {**document, "delta": mutate_value(document["delta"], rng)} if is_inside else None
+            changed = mutate_value(document, rng) if changed is None else changed
             text = json.dumps(changed, sort_keys=True, separators=(",", ":")).encode() + b"\n"
         try:
             manifest = parse_manifest(text)
@@ -64,16 +68,23 @@ def fuzz(seed: int, num: int) -> tuple[int, set[str]]:
 
 def test_mutated_manifests_never_surprise() -> None:
     """A38: thousands of mutations are refused with typed errors, or say something else in its one spelling."""
-    num_taken, codes = fuzz(5, 3000)
+    num_taken, codes = fuzz(5, 3000, small_manifest())
     assert num_taken > 30
     assert len(codes) >= 18  # the mutations reach this many kinds of refusal
+
+
+def test_mutated_deltas_never_surprise() -> None:
+    """C05, C06: the same for deltas, whose field `delta` is a large part of the manifest."""
+    num_taken, codes = fuzz(6, 3000, small_delta())
+    assert num_taken > 30
+    assert sum(code.startswith("DELTA_") for code in codes) >= 8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_many_more_mutations_never_surprise(seed: int) -> None:
     """A38, long form."""
-    fuzz(seed, 100_000)
+    fuzz(seed, 100_000, small_delta() if seed % 2 else small_manifest())
 
 
 def test_mutated_records_never_surprise(tmp_path: Path) -> None:

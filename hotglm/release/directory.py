@@ -24,10 +24,20 @@ from types import TracebackType
 from typing import Self
 
 from hotglm.document import Report
-from hotglm.errors import ArgumentError, DigestMismatchError, Problem, ReleaseError, SourceReadError, shorten_repr
+from hotglm.errors import (
+    ArgumentError,
+    DeltaError,
+    DigestMismatchError,
+    Problem,
+    ReleaseError,
+    SourceReadError,
+    shorten_repr,
+)
+from hotglm.file_entry import FileEntry
 from hotglm.header import DEFAULT_LIMITS, Limits
-from hotglm.manifest import MAX_FILES, MAX_MANIFEST_NBYTES, parse_manifest
-from hotglm.manifest_fields import MANIFEST_NAME, RESERVED_PREFIX, FileEntry, Manifest
+from hotglm.manifest import MAX_MANIFEST_NBYTES, parse_manifest
+from hotglm.manifest_fields import MANIFEST_NAME, RESERVED_PREFIX, Manifest
+from hotglm.manifest_reader import MAX_FILES
 from hotglm.progress import Progress
 from hotglm.release.files import WeightFile, WeightFiles, open_weights, parse_config
 from hotglm.release.hashing import FilePieces, HashMeter, combine_pieces, cut_weights, cut_whole, hash_pieces
@@ -118,11 +128,19 @@ class Release:
         """Open the weights and verify their headers against the manifest; each tensor still has to be hashed.
 
         Raises:
+            DeltaError: the release is a delta, which holds no weights to load without its base (DELTA_NEEDS_BASE).
             ReleaseError: the release carries no weights, or its files hold other tensors than the manifest says.
             DigestMismatchError: a header is not the one that the manifest promises.
             HeaderError: a header breaks the format. ShardIndexError: the index does not fit its shards.
             SourceReadError: something cannot be read. SourceChangedError: it changed meanwhile.
         """
+        if (delta := self.manifest.delta) is not None:
+            message = f"Expected a full release, got a delta against {delta.base.version}."
+            raise DeltaError(
+                f"The release {shorten_repr(self.path)} holds no weights of its own.",
+                problems=[Problem(code="DELTA_NEEDS_BASE", message=message, file=self.path)],
+                remedy="stage it (`slot.stage(path)`), or make full files of it (`hotglm.materialize`).",
+            )
         if self.manifest.weights is None:
             problem = Problem(code="NO_WEIGHTS", message="Expected weights in the release, got none.", file=self.path)
             raise ReleaseError("The release holds nothing to load.", problems=[problem], remedy=_REMEDY)

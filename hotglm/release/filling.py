@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from hotglm import seam
 from hotglm.document import Report
 from hotglm.errors import DigestMismatchError, Problem, ReleaseError, shorten_repr
-from hotglm.manifest_fields import FileEntry, ReleasedTensor
+from hotglm.file_entry import FileEntry
+from hotglm.manifest_fields import ReleasedTensor
 from hotglm.progress import Progress
 from hotglm.release.directory import cut_side_file, cut_weight_file
 from hotglm.release.drafts import Draft

@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping
 
 from hotglm import seam
-from hotglm.manifest_fields import FileEntry
+from hotglm.file_entry import FileEntry
 
 __all__ = ["name_object", "share_files"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from hotglm.environment import Environment
-from hotglm.manifest_fields import MAX_SEQUENCE, CodeEntry, FileEntry, Manifest, ReleasedTensor, find_path_faults
+from hotglm.file_entry import FileEntry
+from hotglm.manifest_fields import MAX_SEQUENCE, CodeEntry, Manifest, ReleasedTensor, find_path_faults
 from hotglm.release.store import Store
 from hotglm.version import Version
 from support.bytes_maker import layout, make_file
