@@ -17,13 +17,12 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from hotglm.document import Report
 from hotglm.errors import (
     ArgumentError,
     DeltaError,
@@ -33,32 +32,29 @@ from hotglm.errors import (
     SourceReadError,
     shorten_repr,
 )
-from hotglm.file_entry import FileEntry
 from hotglm.header import DEFAULT_LIMITS, Limits
 from hotglm.manifest import MAX_MANIFEST_NBYTES, parse_manifest
-from hotglm.manifest_fields import MANIFEST_NAME, RESERVED_PREFIX, Manifest
-from hotglm.manifest_reader import MAX_FILES
+from hotglm.manifest_fields import MANIFEST_NAME, Manifest
 from hotglm.progress import Progress
 from hotglm.release.files import WeightFile, WeightFiles, open_weights, parse_config
 from hotglm.release.hashing import FilePieces, HashMeter, combine_pieces, cut_weights, cut_whole, hash_pieces
 from hotglm.release.locks import lock_directory
 from hotglm.release.reading import (
     close_quietly,
-    list_directory,
     open_regular,
     read_document,
     read_error,
     read_status,
     verify_identity,
 )
+from hotglm.release.tree import REMEDY, report_release, verify_tree
 
-__all__ = ["Release", "cut_side_file", "cut_weight_file", "find_entries", "is_release", "open_release"]
+__all__ = ["Release", "cut_side_file", "cut_weight_file", "is_release", "open_release"]
 
 _BATCH = 64
 """How many side files are open at once."""
 
 _CONFIG = "config.json"
-_REMEDY = "publish the release again with `hotglm pack`, or fetch all of it again."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,7 +139,7 @@ class Release:
             )
         if self.manifest.weights is None:
             problem = Problem(code="NO_WEIGHTS", message="Expected weights in the release, got none.", file=self.path)
-            raise ReleaseError("The release holds nothing to load.", problems=[problem], remedy=_REMEDY)
+            raise ReleaseError("The release holds nothing to load.", problems=[problem], remedy=REMEDY)
         files = open_weights(self.find_path(self.manifest.weights), limits=limits, reads_config=False)
         try:
             self._verify_headers(files)
@@ -210,10 +206,10 @@ class Release:
     def _raise_mismatches(self, problems: list[Problem]) -> None:
         if problems:
             headline = f"The release {shorten_repr(self.path)} is not what its manifest says."
-            raise DigestMismatchError(headline, problems=problems, remedy=_REMEDY)
+            raise DigestMismatchError(headline, problems=problems, remedy=REMEDY)
 
     def _verify_headers(self, files: WeightFiles) -> None:
-        manifest, report = self.manifest, _report(self.path)
+        manifest, report = self.manifest, report_release(self.path)
         for name in sorted(manifest.tensors.keys() - files.tensors.keys()):
             report.add("TENSOR_MISSING", "Expected the tensor that the manifest names, got none.", tensor=name)
         mismatches = []
@@ -263,7 +259,7 @@ def open_release(path: str | os.PathLike[str]) -> Release:
         at = os.path.join(directory, MANIFEST_NAME)
         text = _read_manifest(directory, at)
         manifest = parse_manifest(text, file=at)
-        _verify_tree(directory, manifest)
+        verify_tree(directory, manifest.files)
         return Release(
             path=directory,
             manifest=manifest,
@@ -301,7 +297,7 @@ def _take_lease(directory: str, *, stack: ExitStack) -> None:
 
 
 def _read_manifest(directory: str, at: str) -> bytes:
-    report = _report(directory)
+    report = report_release(directory)
     try:
         if not stat.S_ISREG(read_status(at).st_mode):
             report.stop("NOT_REGULAR", f"Expected a regular file as {MANIFEST_NAME!r}, got a link or something else.")
@@ -313,59 +309,6 @@ def _read_manifest(directory: str, at: str) -> bytes:
             f"Expected {MANIFEST_NAME!r}, which is written last, got none: this is no release, or not a whole one."
         )
         report.stop("INCOMPLETE", message)
-
-
-def _verify_tree(directory: str, manifest: Manifest) -> None:
-    report = _report(directory)
-    parents = {name[:at] for name in manifest.files for at, character in enumerate(name) if character == "/"}
-    missing = dict(manifest.files)
-    for name, status in find_entries(directory):
-        if stat.S_ISDIR(status.st_mode) and name in parents:
-            continue
-        entry = missing.pop(name, None)
-        if entry is None:
-            report.add(
-                "EXTRA_FILE", f"Expected only what the manifest lists, got {shorten_repr(name)} too.", found=name
-            )
-        else:
-            _verify_status(name, entry, status, report=report)
-    for name in missing:
-        report.add("MISSING_FILE", f"Expected {shorten_repr(name)}, as the manifest says, got none.", expected=name)
-    report.raise_if_any()
-
-
-def _verify_status(name: str, entry: FileEntry, status: os.stat_result, *, report: Report) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        found = "a link" if stat.S_ISLNK(status.st_mode) else "something else"
-        report.add("NOT_REGULAR", f"Expected {shorten_repr(name)} to be a regular file, got {found}.", found=name)
-    elif status.st_size != entry.size:
-        message = f"Expected {shorten_repr(name)} to have {entry.size} bytes, got {status.st_size}."
-        report.add("SIZE_MISMATCH", message, expected=entry.size, found=status.st_size)
-
-
-def find_entries(directory: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield path and status of everything below `directory` that could be part of a release, links not followed.
-
-    Names that start with a dot are passed over, and at the top those that are reserved for manifest and signatures.
-
-    Raises:
-        SourceReadError: it cannot be listed.
-        ReleaseError: there is more than a release may hold.
-    """
-    todo, num = [""], 0
-    while todo:
-        parent = todo.pop()
-        for name in list_directory(os.path.join(directory, parent)):
-            if name.startswith(".") or (not parent and name.startswith(RESERVED_PREFIX)):
-                continue
-            num += 1
-            if num > 2 * MAX_FILES:
-                _report(directory).stop("TOO_MANY_FILES", f"Expected at most {MAX_FILES} files, got more.")
-            path = f"{parent}/{name}" if parent else name
-            status = read_status(os.path.join(directory, path))
-            if stat.S_ISDIR(status.st_mode):
-                todo.append(path)
-            yield path, status
 
 
 def cut_weight_file(file: WeightFile, *, name: str) -> FilePieces:
@@ -395,8 +338,3 @@ def _show_tensor(found: tuple[str, str, tuple[int, ...]] | None) -> str:
 def _mismatch(path: str, expected: str, found: str, *, tensor: str | None = None) -> Problem:
     message = f"Expected digest {expected}, got {found}."
     return Problem(code="DIGEST_MISMATCH", message=message, file=path, tensor=tensor, expected=expected, found=found)
-
-
-def _report(directory: str) -> Report:
-    headline = f"The release {shorten_repr(directory)} was refused"
-    return Report(ReleaseError, headline=headline, remedy=_REMEDY, prefix="RELEASE", file=directory)

@@ -20,9 +20,10 @@ from typing import Any
 from hotglm.document import Report, parse_json
 from hotglm.errors import ArgumentError, ReleaseError, SourceError, SourceReadError, shorten_repr
 from hotglm.manifest_fields import Manifest, find_path_faults
-from hotglm.release.directory import find_entries, is_release, open_release
+from hotglm.release.directory import is_release, open_release
 from hotglm.release.files import WeightFiles, find_weights, open_weights
 from hotglm.release.reading import is_directory, read_status
+from hotglm.release.tree import find_entries
 
 __all__ = ["Draft", "open_draft"]
 
