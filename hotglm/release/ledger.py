@@ -165,7 +165,8 @@ def read_record(path: str, kind: type[T]) -> T | None:
     """Return the record in the file `path`; None where there is none.
 
     Raises:
-        StoreError: it is there and is not what was written, or cannot be read.
+        StoreError: it is there and is not what was written.
+        SourceReadError: it cannot be read now; it may be whole.
     """
     try:
         text = read_document(path, limit=_MAX_NBYTES, error=SourceError, code="TOO_LARGE")
@@ -174,6 +175,8 @@ def read_record(path: str, kind: type[T]) -> T | None:
     except SourceReadError as error:
         if error.code == "NOT_FOUND":
             return None
+        if error.code != "NOT_REGULAR":
+            raise
         raise _damaged(path, list(error.problems)) from error
     except (SourceError, UnicodeDecodeError) as error:
         problems = list(error.problems) if isinstance(error, SourceError) else []
@@ -190,7 +193,7 @@ def read_record(path: str, kind: type[T]) -> T | None:
 
 def _damaged(path: str, problems: list[Problem]) -> StoreError:
     return StoreError(
-        f"Expected {shorten_repr(path)} as this store wrote it; it was damaged or cannot be read.",
+        f"Expected {shorten_repr(path)} as this store wrote it; it was damaged.",
         problems=problems or [Problem(code="BAD_LEDGER", message="Expected a record, got none.", file=path)],
         remedy="put it back from a backup; or remove it, and set anew what it said.",
     )

@@ -36,17 +36,8 @@ def hold_exclusively(path: str, *, timeout_s: float) -> Iterator[None]:
         StoreBusyError: another process holds it for longer than `timeout_s` seconds.
         OSError: it cannot be opened, or this file system has no locks.
     """
-    fd = seam.active.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        _wait_locked(fd, path=path, timeout_s=timeout_s)
-        yield
-    finally:
-        close_quietly(fd)  # and with it the lock
-
-
-def _wait_locked(fd: int, *, path: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not _try(fd, fcntl.LOCK_EX):
+    while (fd := _open_locked(path)) is None:
         if time.monotonic() >= deadline:
             message = f"Expected the lock within {timeout_s} s, got none; another process holds it."
             raise StoreBusyError(
@@ -55,6 +46,35 @@ def _wait_locked(fd: int, *, path: str, timeout_s: float) -> None:
                 remedy="try again; if it stays, look with `lslocks` for a process that was stopped.",
             )
         time.sleep(_PAUSE_S)
+    try:
+        yield
+    finally:
+        close_quietly(fd)  # and with it the lock
+
+
+def _open_locked(path: str) -> int | None:
+    """Return a descriptor with the lock; None where somebody else has it, or the file is no longer what `path` names.
+
+    Somebody may have tidied the lock file away: a lock on what has no name keeps nobody out.
+    """
+    fd = seam.active.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if _try(fd, fcntl.LOCK_EX) and _is_named(fd, path):
+            return fd
+    except BaseException:
+        close_quietly(fd)
+        raise
+    close_quietly(fd)
+    return None
+
+
+def _is_named(fd: int, path: str) -> bool:
+    ours = seam.active.fstat(fd)
+    try:
+        named = seam.active.lstat(path)
+    except FileNotFoundError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)
 
 
 def _try(fd: int, operation: int) -> bool:

@@ -17,10 +17,11 @@ from collections.abc import Mapping
 
 from hotglm import seam
 from hotglm.file_entry import FileEntry
+from hotglm.release.writing import name_partial
 
 __all__ = ["name_object", "share_files"]
 
-_CANNOT_LINK = (errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
+_CANNOT_LINK = (errno.EMLINK, errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def name_object(digest: str) -> str:
@@ -43,23 +44,26 @@ def share_files(directory: str, files: Mapping[str, FileEntry], *, objects: str)
     for name, entry in files.items():
         path = os.path.join(directory, *name.split("/"))
         shared = os.path.join(objects, name_object(entry.digest))
-        if _has_size(shared, entry.size):
-            _replace(path, shared)
-        elif seam.active.lstat(path).st_nlink == 1:
+        status, there = seam.active.lstat(path), _find_status(shared)
+        if there is not None and there.st_size == entry.size:
+            # One file under both names is left alone: `rename` does nothing then, and would leave the spare name.
+            if (there.st_dev, there.st_ino) != (status.st_dev, status.st_ino):
+                _replace(path, shared)
+        elif status.st_nlink == 1:
             with contextlib.suppress(FileNotFoundError):
                 seam.active.unlink(shared)  # one that was cut; releases that have it keep it, and are refused
             _link(path, shared)
 
 
-def _has_size(path: str, size: int) -> bool:
+def _find_status(path: str) -> os.stat_result | None:
     try:
-        return seam.active.lstat(path).st_size == size
+        return seam.active.lstat(path)
     except FileNotFoundError:
-        return False
+        return None
 
 
 def _replace(path: str, shared: str) -> None:
-    spare = f"{path}.hotglm-link"
+    spare = name_partial(os.path.dirname(path))
     if _link(shared, spare):
         seam.active.rename(spare, path)
 

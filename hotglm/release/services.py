@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from hotglm import seam
-from hotglm.errors import Problem, StoreConflictError, shorten_repr
+from hotglm.errors import HotglmError, Problem, StoreConflictError, shorten_repr
 from hotglm.release.directory import Release
 from hotglm.release.ledger import Refusal, ReleaseId, ServiceState, Trial, now_text, read_record, write_ledger
 from hotglm.release.locks import lock_holder, try_exclusively
@@ -34,6 +34,7 @@ __all__ = ["RunningTrial", "Service", "sweep_holders"]
 
 _HOLDER_SUFFIX = ".holder"
 _MAX_REFUSED = 256
+_MAX_REASON = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,7 +57,8 @@ class RunningTrial:
 
         Raises:
             StoreConflictError: the trial has ended, or another process died on the release or refused it (REFUSED).
-            StoreBusyError, StoreWriteError, StoreError: the record cannot be changed; the trial goes on.
+            StoreBusyError, StoreWriteError, StoreError, SourceReadError: the record cannot be changed; the trial goes
+                on.
         """
 
         def settle(state: ServiceState) -> ServiceState:
@@ -74,7 +76,8 @@ class RunningTrial:
 
         Raises:
             StoreConflictError: the trial has ended.
-            StoreBusyError, StoreWriteError, StoreError: the record cannot be changed; the trial goes on.
+            StoreBusyError, StoreWriteError, StoreError, SourceReadError: the record cannot be changed; the trial goes
+                on.
         """
 
         def settle(state: ServiceState) -> ServiceState:
@@ -133,6 +136,7 @@ class Service:
 
         Raises:
             StoreError: it is damaged.
+            SourceReadError: it cannot be read now.
         """
         path = self.store.find_ledger("services", self.name)
         return read_record(path, ServiceState) or ServiceState(name=self.name)
@@ -143,7 +147,7 @@ class Service:
         Trials of processes that died are refused now.
 
         Raises:
-            StoreBusyError, StoreWriteError, StoreError: the record cannot be read or changed.
+            StoreBusyError, StoreWriteError, StoreError, SourceReadError: the record cannot be read or changed.
         """
         return self.change(lambda state: state).confirmed
 
@@ -152,20 +156,23 @@ class Service:
 
         Raises:
             StoreConflictError: the release was refused before (REFUSED).
-            StoreBusyError, StoreWriteError, StoreError: the record cannot be changed; nothing has begun.
+            StoreBusyError, StoreWriteError, StoreError, SourceReadError: the record cannot be changed; nothing has
+                begun.
         """
         manifest = release.manifest
         wanted = ReleaseId(sequence=manifest.sequence, version=str(manifest.version), digest=release.digest)
         holder = f"{self.name}.{secrets.token_hex(8)}{_HOLDER_SUFFIX}"
-
         path = self.find_holder(holder)
+        has_lock = False
 
         def settle(state: ServiceState) -> ServiceState:
+            nonlocal has_lock
             for refusal in state.refused:
                 if refusal.release.digest == wanted.digest:
                     raise _refused(refusal)
             with writing(path):  # under the store's lock, so that nobody takes it for debris before it is locked
                 stack.callback(close_quietly, lock_holder(path))
+            has_lock = True
             trial = Trial(release=wanted, holder=holder, began_at=now_text())
             return replace(state, trials=(*state.trials, trial))
 
@@ -173,6 +180,8 @@ class Service:
             try:
                 self.change(settle)
             except BaseException:
+                if has_lock:
+                    self._withdraw(holder)
                 with contextlib.suppress(OSError):
                     seam.active.unlink(path)
                 raise
@@ -182,7 +191,7 @@ class Service:
         """Refuse a release that was never tried, for example one that did not verify.
 
         Raises:
-            StoreBusyError, StoreWriteError, StoreError: the record cannot be changed.
+            StoreBusyError, StoreWriteError, StoreError, SourceReadError: the record cannot be changed.
         """
         self.change(lambda state: _refuse(state, release, reason))
 
@@ -190,7 +199,7 @@ class Service:
         """Let a refused release be tried again, by the digest of its manifest.
 
         Raises:
-            StoreBusyError, StoreWriteError, StoreError: the record cannot be changed.
+            StoreBusyError, StoreWriteError, StoreError, SourceReadError: the record cannot be changed.
         """
         self.change(
             lambda state: replace(state, refused=tuple(one for one in state.refused if one.release.digest != digest))
@@ -221,6 +230,14 @@ class Service:
                 with contextlib.suppress(OSError):
                     seam.active.unlink(self.find_holder(trial.holder))
             return state
+
+    def _withdraw(self, holder: str) -> None:
+        """Take back a trial that was noted though noting it failed: nobody has died on it.
+
+        Where that fails as well the release is refused by whoever comes next, which errs on the safe side.
+        """
+        with contextlib.suppress(HotglmError):
+            self.change(lambda state: replace(state, trials=tuple(t for t in state.trials if t.holder != holder)))
 
     def _is_dead(self, trial: Trial) -> bool:
         if os.path.basename(trial.holder) != trial.holder:
@@ -256,7 +273,9 @@ def sweep_holders(store: StoreReader) -> list[str]:
 
 
 def _refuse(state: ServiceState, release: ReleaseId, reason: str) -> ServiceState:
-    refusal = Refusal(release=release, reason=reason[:1000], refused_at=now_text())
+    # In ASCII, so that what is written is as long as it looks, and the record stays within what is read.
+    reason = reason.encode("ascii", "backslashreplace").decode("ascii")[:_MAX_REASON]
+    refusal = Refusal(release=release, reason=reason, refused_at=now_text())
     others = tuple(one for one in state.refused if one.release.digest != release.digest)
     return replace(state, refused=(refusal, *others)[:_MAX_REFUSED])
 

@@ -21,7 +21,8 @@ from types import EllipsisType
 from hotglm import seam
 from hotglm.errors import (
     Problem,
-    SourceError,
+    ReleaseError,
+    SourceReadError,
     StoreConflictError,
     shorten_repr,
 )
@@ -109,6 +110,8 @@ class Store(StoreReader):
         for one in releases:
             if one.version == stated.version:
                 self._verify_same(one, manifest)
+                # Whoever published it may have been killed, or failed, before it was sure to last (S1).
+                flush_directory(self.join("releases"))
                 return one
         share_files(workspace, filled.files, objects=self.join("objects"))
         write_file(os.path.join(workspace, MANIFEST_NAME), format_manifest(manifest), mode=_MODE)
@@ -128,10 +131,11 @@ class Store(StoreReader):
 
     def _verify_name(self, name: str, releases: list[StoredRelease]) -> None:
         for one in reversed(releases):
-            with contextlib.suppress(SourceError), open_release(one.path) as release:
-                if release.manifest.name == name:
-                    return
-                message = f"Expected model {shorten_repr(release.manifest.name)}, got {shorten_repr(name)}."
+            found = _read_name(one)
+            if found == name:
+                return
+            if found is not None:
+                message = f"Expected model {shorten_repr(found)}, got {shorten_repr(name)}."
                 raise StoreConflictError(
                     f"The store {shorten_repr(self.path)} holds another model.",
                     problems=[Problem(code="NAME_MISMATCH", message=message, file=self.path)],
@@ -181,6 +185,7 @@ class Store(StoreReader):
             SourceError: the release is not what its manifest says.
         """
         verify_word(label, what="label")
+        self._verify_expected(label, self.read_label(label), expected)  # before all is read; and again under the lock
         with self.open_release(target) as release:  # open, so that it cannot be collected meanwhile
             release.verify(progress=progress)
             manifest = release.manifest
@@ -189,6 +194,8 @@ class Store(StoreReader):
                 old = self.read_label(label)
                 self._verify_expected(label, old, expected)
                 if old is not None and old.release == wanted:
+                    with writing(self.join("labels")):  # who moved it may have been killed before that (S3)
+                        flush_directory(self.join("labels"))
                     return old
                 moves = (LabelMove(release=wanted, moved_at=now_text()), *(() if old is None else old.moves))
                 revision = 1 if old is None else old.revision + 1
@@ -202,6 +209,7 @@ class Store(StoreReader):
         Raises:
             ArgumentError: `label` cannot be one.
             StoreConflictError: it leads somewhere else than expected (LABEL_MOVED).
+            StoreError: it is damaged. SourceReadError: it cannot be read now.
             StoreBusyError: another process holds the store's lock. StoreWriteError: it cannot be removed.
         """
         path = self.find_ledger("labels", verify_word(label, what="label"))
@@ -236,7 +244,7 @@ class Store(StoreReader):
 
         Raises:
             ArgumentError: `keep_newest` is below 1.
-            StoreError: a record is damaged; then nothing is removed.
+            StoreError: a record is damaged; then nothing is removed. SourceReadError: nor where one cannot be read now.
             StoreBusyError: another process holds the store's lock. StoreWriteError: something cannot be removed.
         """
         return collect_garbage(self, keep_newest=keep_newest)
@@ -248,3 +256,16 @@ class Store(StoreReader):
             ArgumentError: `name` cannot be one.
         """
         return Service(store=self, name=verify_word(name, what="service"))
+
+
+def _read_name(stored: StoredRelease) -> str | None:
+    """Return the model's name; None where the release is broken, but not where it only cannot be read now."""
+    try:
+        with open_release(stored.path) as release:
+            return release.manifest.name
+    except ReleaseError:
+        return None
+    except SourceReadError as error:
+        if error.code == "NOT_FOUND":
+            return None
+        raise

@@ -85,5 +85,5 @@ def _create(store: Store) -> None:
         for name in _DIRECTORIES:
             make_directories(store.join(name), within=store.path)
         flush_directory(store.path)
+        flush_directory(os.path.dirname(store.path))  # before the marker: who finds that takes the store for lasting
         replace_whole(store.join(_MARKER), json.dumps({"format": _FORMAT}).encode() + b"\n")
-        flush_directory(os.path.dirname(store.path))

@@ -3,12 +3,13 @@
 Rules this module keeps:
 
 - Names are enough to know the releases: a release is whole as soon as it has its name (S1), so no manifest is read.
-- Nothing is kept in memory: any number of threads and processes may share a store.
+- Nothing of a store is kept in memory: any number of threads and processes may share it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -65,14 +66,11 @@ class StoreReader:
         Raises:
             SourceReadError: the store cannot be listed.
         """
-        found = []
-        for name in list_directory(self.join("releases")):
-            if (match := _NAME.fullmatch(name)) is not None:
-                with contextlib.suppress(ArgumentError):
-                    version = Version(match[2])
-                    found.append(
-                        StoredRelease(sequence=int(match[1]), version=version, path=self.join("releases", name))
-                    )
+        found = [
+            StoredRelease(sequence=parts[0], version=parts[1], path=self.join("releases", name))
+            for name in list_directory(self.join("releases"))
+            if (parts := _parse_name(name)) is not None
+        ]
         return sorted(found, key=lambda one: one.sequence)
 
     def find_release(self, target: str | int | Version) -> StoredRelease:
@@ -80,7 +78,7 @@ class StoreReader:
 
         Raises:
             StoreError: there is none (NOT_IN_STORE), or the label is damaged.
-            SourceReadError: the store cannot be listed.
+            SourceReadError: the label cannot be read now, or the store cannot be listed.
         """
         releases: list[StoredRelease] = []
         for _ in range(_MAX_TRIES):
@@ -126,7 +124,7 @@ class StoreReader:
 
         Raises:
             StoreError: one is damaged.
-            SourceReadError: the store cannot be listed.
+            SourceReadError: one cannot be read now, or the store cannot be listed.
         """
         names = [name.removesuffix(_LEDGER_SUFFIX) for name in self._ledgers("labels")]
         labels = {name: read_record(self.find_ledger("labels", name), Label) for name in names}
@@ -137,7 +135,7 @@ class StoreReader:
 
         Raises:
             StoreError: a record is damaged.
-            SourceReadError: the store cannot be listed.
+            SourceReadError: one cannot be read now, or the store cannot be listed.
         """
         names = [name.removesuffix(_LEDGER_SUFFIX) for name in self._ledgers("services")]
         states = {name: read_record(self.find_ledger("services", name), ServiceState) for name in names}
@@ -148,6 +146,7 @@ class StoreReader:
 
         Raises:
             StoreError: it is damaged.
+            SourceReadError: it cannot be read now.
         """
         try:
             verify_word(name, what="label")
@@ -179,6 +178,18 @@ class StoreReader:
     def _ledgers(self, directory: str) -> list[str]:
         names = list_directory(self.join(directory))
         return [name for name in names if name.endswith(_LEDGER_SUFFIX) and not name.startswith(".")]
+
+
+@functools.lru_cache(maxsize=65_536)  # a pure function: with 10 000 releases parsing would cost more than listing
+def _parse_name(name: str) -> tuple[int, Version] | None:
+    """Return number and version of the release in the directory `name`; None where the store did not give that."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    try:
+        return int(match[1]), Version(match[2])
+    except ArgumentError:
+        return None
 
 
 def _as_wanted(target: str | int | Version) -> int | Version | None:
