@@ -44,7 +44,6 @@ CODECS: Mapping[str, CodecRule] = MappingProxyType(
         WHOLE: CodecRule(num_parts=1, has_base=False),
         "xor-zstd": CodecRule(num_parts=1, has_base=True),
         "sparse": CodecRule(num_parts=2, has_base=True),
-        "sparse-zstd": CodecRule(num_parts=2, has_base=True),
     }
 )
 """Every codec of the format, by name (X6). All are exact to the bit (C11)."""
