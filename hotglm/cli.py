@@ -17,14 +17,17 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from hotglm import __version__
+from hotglm.commands.collect import COLLECT
 from hotglm.commands.command import ERROR, INTERRUPTED, Command
 from hotglm.commands.diff import DIFF
 from hotglm.commands.doctor import DOCTOR
 from hotglm.commands.golden import GOLDEN
 from hotglm.commands.inspect import INSPECT
+from hotglm.commands.label import LABEL
 from hotglm.commands.log import LOG
 from hotglm.commands.migrate import MIGRATE
 from hotglm.commands.pack import PACK
+from hotglm.commands.services import SERVICES
 from hotglm.commands.show import SHOW
 from hotglm.commands.stamp import STAMP
 from hotglm.errors import HotglmError
@@ -34,7 +37,20 @@ __all__ = ["main"]
 
 _DEMO_MODULE = "hotglm.demo.main"
 
-COMMANDS: tuple[Command, ...] = (INSPECT, DIFF, MIGRATE, STAMP, DOCTOR, GOLDEN, PACK, SHOW, LOG)
+COMMANDS: tuple[Command, ...] = (
+    INSPECT,
+    DIFF,
+    MIGRATE,
+    STAMP,
+    DOCTOR,
+    GOLDEN,
+    PACK,
+    SHOW,
+    LOG,
+    LABEL,
+    SERVICES,
+    COLLECT,
+)
 """Every command but `demo`, in the order of the help."""
 
 

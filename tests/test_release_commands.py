@@ -50,7 +50,7 @@ def find_examples() -> list[tuple[str, str]]:
 def test_the_page_shows_what_is_printed(sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The examples of docs/cli.md, one after the other, print what stands below them."""
     examples = find_examples()
-    assert [command.split()[0] for command, _ in examples] == ["pack", "pack", "show", "log"]
+    assert [command.split()[0] for command, _ in examples] == ["pack", "pack", "show", "log", "label", "collect"]
     for command, shown in examples:
         assert run(*command.split()) == 0
         printed = capsys.readouterr().out
@@ -143,6 +143,9 @@ words = "--store models --name ranker --version 1.0.0 --label stable"
 assert cli.main(["pack", "ranker-a", *words.split()]) == 0
 assert cli.main(["show", "stable", "--store", "models", "--verify"]) == 0
 assert cli.main(["log", "models"]) == 0
+assert cli.main(["label", "models", "canary", "stable"]) == 0
+assert cli.main(["services", "models"]) == 0
+assert cli.main(["collect", "models"]) == 0
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

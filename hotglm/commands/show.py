@@ -9,8 +9,8 @@ from hotglm.commands.command import OK, Command
 from hotglm.commands.console import print_json
 from hotglm.commands.progress import ProgressBar
 from hotglm.commands.release_text import describe_release, show_release
-from hotglm.release.directory import Release, open_release
-from hotglm.release.store_opening import open_store
+from hotglm.commands.target import open_target
+from hotglm.release.directory import Release
 
 __all__ = ["SHOW"]
 
@@ -23,7 +23,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    with _open(arguments.release, store=arguments.store) as release:
+    with open_target(arguments.release, store=arguments.store) as release:
         if arguments.verify:
             with ProgressBar(sys.stderr) as bar:
                 release.verify(progress=lambda progress: bar.show(progress.done_nbytes, progress.total_nbytes))
@@ -34,12 +34,6 @@ def _run(arguments: argparse.Namespace) -> int:
             if arguments.verify:
                 print("verified: every byte is the one that was promised")
     return OK
-
-
-def _open(target: str, *, store: str | None) -> Release:
-    if store is None:
-        return open_release(target)
-    return open_store(store).open_release(int(target) if target.isdecimal() else target)
 
 
 def _describe(release: Release) -> dict[str, object]:

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hotglm import seam
@@ -45,7 +48,7 @@ class Collected:
     debris: tuple[str, ...]
 
 
-def collect_garbage(store: StoreReader, *, keep_newest: int) -> Collected:
+def collect_garbage(store: StoreReader, *, keep_newest: int, is_dry: bool = False) -> Collected:
     """Remove what nothing needs; see `Store.collect_garbage`."""
     if type(keep_newest) is not int or keep_newest < 1:
         raise ArgumentError(
@@ -55,10 +58,11 @@ def collect_garbage(store: StoreReader, *, keep_newest: int) -> Collected:
     in_use: list[StoredRelease] = []
     with store.locked(), writing(store.path):
         named = _find_named(store)
-        releases = store.find_releases()
-        for one in releases[:-keep_newest]:
-            if one.sequence not in named:
-                (removed if _remove(store, one) else in_use).append(one)
+        doomed = [one for one in store.find_releases()[:-keep_newest] if one.sequence not in named]
+        if is_dry:
+            return _foresee(store, doomed)
+        for one in doomed:
+            (removed if _remove(store, one) else in_use).append(one)
         debris = [*sweep_workspaces(store.join("tmp")), *_sweep_partials(store), *sweep_holders(store)]
         num_objects, nbytes = _remove_objects(store)
     return Collected(
@@ -70,6 +74,27 @@ def _find_named(store: StoreReader) -> set[int]:
     labels, services = store.read_labels().values(), store.read_services().values()
     named = {move.release.sequence for label in labels for move in label.moves}
     return named | {one.sequence for state in services for one in state.find_ids()}
+
+
+def _foresee(store: StoreReader, doomed: list[StoredRelease]) -> Collected:
+    """Return what would be removed. No lock of a release is tried: whoever opened it just then would be turned away."""
+    links = Counter((one.st_dev, one.st_ino) for stored in doomed for one in _find_files(stored.path))
+    num, nbytes = 0, 0
+    for name in list_directory(store.join("objects")):
+        status = seam.active.lstat(store.join("objects", name))
+        if status.st_nlink - links[status.st_dev, status.st_ino] == 1:
+            num, nbytes = num + 1, nbytes + status.st_size
+    return Collected(removed=tuple(doomed), in_use=(), num_objects=num, nbytes=nbytes, debris=())
+
+
+def _find_files(directory: str) -> Iterator[os.stat_result]:
+    for name in list_directory(directory):
+        path = os.path.join(directory, name)
+        status = seam.active.lstat(path)
+        if stat.S_ISDIR(status.st_mode):
+            yield from _find_files(path)
+        else:
+            yield status
 
 
 def _remove(store: StoreReader, stored: StoredRelease) -> bool:

@@ -47,6 +47,8 @@ __all__ = [
 _FORMAT = "hotglm.ledger/1"
 _MAX_NBYTES = 2**20
 _WORD = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_PLAIN = re.compile(r"[ -~]*")
 
 T = TypeVar("T")
 
@@ -186,9 +188,35 @@ def read_record(path: str, kind: type[T]) -> T | None:
     if members["format"] != _FORMAT:
         reader.add(repr(_FORMAT), members["format"], where="format")
     records = reader.read_all(kind, [members["record"]], where="record")
-    if reader.problems or (isinstance(records[0], Label) and not records[0].moves):
+    if reader.problems or not _is_sound(records[0]):
         raise _damaged(path, reader.problems)
     return records[0]
+
+
+def _is_sound(record: object) -> bool:
+    """Tell whether a record says only what a store writes: whoever prints it, reasons excepted, prints plain text."""
+    if isinstance(record, Label):
+        texts = [move.moved_at for move in record.moves]
+        ids = [move.release for move in record.moves]
+        return bool(ids) and _is_word(record.name) and all(map(_PLAIN.fullmatch, texts)) and all(map(_is_id, ids))
+    if isinstance(record, ServiceState):
+        texts = [text for trial in record.trials for text in (trial.holder, trial.began_at)]
+        texts += [one.refused_at for one in record.refused]
+        ids = [*record.find_ids(), *(one.release for one in record.refused)]
+        return _is_word(record.name) and all(map(_PLAIN.fullmatch, texts)) and all(map(_is_id, ids))
+    return True
+
+
+def _is_word(word: str) -> bool:
+    return _WORD.fullmatch(word) is not None
+
+
+def _is_id(release: ReleaseId) -> bool:
+    try:
+        Version(release.version)
+    except VersionSyntaxError:
+        return False
+    return release.sequence >= 1 and _DIGEST.fullmatch(release.digest) is not None
 
 
 def _damaged(path: str, problems: list[Problem]) -> StoreError:

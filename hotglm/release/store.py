@@ -234,20 +234,22 @@ class Store(StoreReader):
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 
-    def collect_garbage(self, *, keep_newest: int = 3) -> Collected:
+    def collect_garbage(self, *, keep_newest: int = 3, is_dry: bool = False) -> Collected:
         """Remove releases that nothing names and nobody has open, content that no release has, and debris.
 
         What stays: the newest releases, whatever a label leads to or led to, and what a service confirmed or tries.
 
         Args:
             keep_newest: how many of the newest releases stay; at least 1.
+            is_dry: whether nothing is removed, and what would be if nobody had anything open is returned; debris is not
+                looked for.
 
         Raises:
             ArgumentError: `keep_newest` is below 1.
             StoreError: a record is damaged; then nothing is removed. SourceReadError: nor where one cannot be read now.
             StoreBusyError: another process holds the store's lock. StoreWriteError: something cannot be removed.
         """
-        return collect_garbage(self, keep_newest=keep_newest)
+        return collect_garbage(self, keep_newest=keep_newest, is_dry=is_dry)
 
     def service(self, name: str) -> Service:
         """Return what the service `name` has on disk: its confirmed release, its trials, and what it must not try.

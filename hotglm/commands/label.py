@@ -1,0 +1,88 @@
+"""`hotglm label`: where a label of a store leads; and moving it, by compare-and-set where that is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from types import EllipsisType
+
+from hotglm.commands.command import NO, OK, Command
+from hotglm.commands.console import print_json, show_count
+from hotglm.commands.progress import ProgressBar
+from hotglm.commands.target import parse_target
+from hotglm.errors import ArgumentError
+from hotglm.record import write_record
+from hotglm.release.ledger import Label
+from hotglm.release.store import Store
+from hotglm.release.store_opening import open_store
+
+__all__ = ["LABEL"]
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="STORE", help="the directory of the store")
+    parser.add_argument("label", metavar="NAME", help="the label, such as 'stable'")
+    parser.add_argument("target", metavar="TARGET", nargs="?", help="a version, number or other label to lead it to")
+    parser.add_argument("--expect", metavar="VERSION", help="only if it leads there now; 'none': only if it is new")
+    parser.add_argument("--remove", action="store_true", help="remove it, and what it remembers")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _verify_arguments(arguments)
+    store = open_store(arguments.store)
+    if arguments.remove:
+        _remove(store, arguments)
+    elif arguments.target is not None:
+        _move(store, arguments)
+    label = store.read_label(arguments.label)
+    if arguments.json:
+        print_json(
+            "hotglm.label/1",
+            {"path": store.path, "name": arguments.label, "label": None if label is None else write_record(label)},
+        )
+    else:
+        print(_show(arguments.label, label))
+    return OK if label is not None or arguments.remove else NO
+
+
+def _verify_arguments(arguments: argparse.Namespace) -> None:
+    if arguments.remove and arguments.target is not None:
+        raise ArgumentError("Expected TARGET or --remove, got both.", remedy="leave one of them out.")
+    if arguments.expect is not None and arguments.target is None and not arguments.remove:
+        raise ArgumentError("Expected --expect only with a change, got none.", remedy="give TARGET or --remove.")
+    if arguments.remove and arguments.expect == "none":
+        raise ArgumentError("Expected a version to expect, got 'none'.", remedy="leave --expect or --remove out.")
+
+
+def _move(store: Store, arguments: argparse.Namespace) -> None:
+    expected: str | EllipsisType | None = ... if arguments.expect is None else arguments.expect
+    with ProgressBar(sys.stderr) as bar:
+        store.move_label(
+            arguments.label,
+            parse_target(arguments.target),
+            expected=None if expected == "none" else expected,
+            progress=lambda progress: bar.show(progress.done_nbytes, progress.total_nbytes),
+        )
+
+
+def _remove(store: Store, arguments: argparse.Namespace) -> None:
+    store.remove_label(arguments.label, expected=... if arguments.expect is None else arguments.expect)
+
+
+def _show(name: str, label: Label | None) -> str:
+    if label is None:
+        return f"no label {name!a}"
+    lines = [f"label {name} leads to {label.release.version}, moved {show_count(label.revision, 'time')}"]
+    lines += [f"  {move.moved_at}  to {move.release.version} (number {move.release.sequence})" for move in label.moves]
+    return "\n".join(lines)
+
+
+LABEL = Command(
+    name="label",
+    summary="tell where a label of a store leads; move it or remove it",
+    epilog="A label moves only to a release whose every byte was verified. Exit code: 0, 1 if there is no such label, "
+    "2 on an error: so it is where --expect names another version than it leads to.",
+    add_arguments=_add_arguments,
+    run=_run,
+)
