@@ -5,9 +5,11 @@ Rules this module keeps: values only; no IO, no torch.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["FileEntry"]
+__all__ = ["FileEntry", "combine_pieces"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,3 +24,13 @@ class FileEntry:
 
     size: int
     digest: str
+
+
+def combine_pieces(hexadecimals: Sequence[str]) -> str:
+    """Return the digest of a safetensors file from those of its header and its tensors, in file order (D2).
+
+    >>> combine_pieces(["00" * 32])[:24]
+    'safetensors:66687aadf862'
+    """
+    whole = hashlib.sha256(b"".join(bytes.fromhex(text) for text in hexadecimals))
+    return f"safetensors:{whole.hexdigest()}"

@@ -32,13 +32,15 @@ from hotglm.errors import (
     SourceReadError,
     shorten_repr,
 )
+from hotglm.file_entry import combine_pieces
 from hotglm.header import DEFAULT_LIMITS, Limits
-from hotglm.manifest import MAX_MANIFEST_NBYTES, parse_manifest
+from hotglm.manifest import MAX_MANIFEST_NBYTES, digest_manifest, digest_result, parse_manifest
 from hotglm.manifest_fields import MANIFEST_NAME, Manifest
 from hotglm.progress import Progress
 from hotglm.release.files import WeightFile, WeightFiles, open_weights, parse_config
-from hotglm.release.hashing import FilePieces, HashMeter, combine_pieces, cut_weights, cut_whole, hash_pieces
+from hotglm.release.hashing import FilePieces, HashMeter, cut_weights, cut_whole, hash_pieces
 from hotglm.release.locks import lock_directory
+from hotglm.release.payloads import find_promises, open_payload, verify_results
 from hotglm.release.reading import (
     close_quietly,
     open_regular,
@@ -71,6 +73,11 @@ class Release:
     manifest: Manifest
     digest: str
     _lease: ExitStack = field(repr=False)
+
+    @property
+    def result_digest(self) -> str:
+        """The digest of the full release that this one leads to, the same for its full form and its deltas (D5)."""
+        return self.digest if self.manifest.delta is None else digest_result(self.manifest)
 
     def find_path(self, name: str) -> str:
         """Return where the listed file `name` stands.
@@ -148,20 +155,39 @@ class Release:
             raise
         return files
 
+    def open_payload(self, *, limits: Limits = DEFAULT_LIMITS) -> WeightFiles:
+        """Open the payload of a delta and verify its header against the manifest; its bytes still have to be hashed.
+
+        Raises:
+            ArgumentError: the release is full; use `open_weights`.
+            DeltaError: the payload holds other parts than the manifest names, or ones of a wrong size.
+            HeaderError: its header breaks the format.
+            SourceReadError: it cannot be read. SourceChangedError: it changed meanwhile.
+        """
+        if self.manifest.delta is None:
+            raise ArgumentError("Expected a delta, got a full release.", remedy="use `open_weights`.")
+        return open_payload(self.find_path(self.manifest.delta.payload), self.manifest, limits=limits)
+
     def verify(self, *, progress: Callable[[Progress], object] | None = None) -> None:
         """Read every byte and refuse what is not as the manifest promises, all of it named.
 
+        Of a delta this is its payload and side files, and that the headers of its result are those of the promised
+        files; tensors that are made of the base are verified when they are made.
+
         Raises:
             DigestMismatchError: with every file and tensor that differs.
+            DeltaError: the payload is not what the manifest says.
             ReleaseError, HeaderError, ShardIndexError: the files are not what the manifest says.
             SourceReadError: something cannot be read. SourceChangedError: it changed meanwhile.
         """
         manifest = self.manifest
         with ExitStack() as stack:
-            weights = () if manifest.weights is None else stack.enter_context(self.open_weights()).files
+            opened = self._open_files(stack)
             meter = HashMeter("verify", manifest.total_nbytes, progress)
-            cut = [cut_weight_file(file, name=self._name_of(file)) for file in weights]
+            cut = [cut_weight_file(file, name=self._name_of(file)) for file in opened]
             of_files, of_tensors = self._hash(cut, meter=meter)
+            if manifest.delta is not None:
+                verify_results(opened[0], manifest)
         others = sorted(manifest.files.keys() - of_files.keys())
         for start in range(0, len(others), _BATCH):
             with ExitStack() as stack:
@@ -174,9 +200,9 @@ class Release:
             if of_files[name] != entry.digest
         ]
         problems += [
-            _mismatch(self.find_path(one.file), one.digest, of_tensors[name], tensor=name)
-            for name, one in manifest.tensors.items()
-            if of_tensors[name] != one.digest
+            _mismatch(self.find_path(file), expected, of_tensors[name], tensor=name)
+            for name, (file, expected) in find_promises(manifest).items()
+            if of_tensors[name] != expected
         ]
         self._raise_mismatches(problems)
 
@@ -193,6 +219,12 @@ class Release:
     ) -> None:
         """Close it."""
         self.close()
+
+    def _open_files(self, stack: ExitStack) -> tuple[WeightFile, ...]:
+        if self.manifest.weights is None:
+            return ()
+        is_full = self.manifest.delta is None
+        return stack.enter_context(self.open_weights() if is_full else self.open_payload()).files
 
     def _hash(self, cut: list[FilePieces], *, meter: HashMeter) -> tuple[dict[str, str], dict[str, str]]:
         digests = hash_pieces(cut, meter=meter)
@@ -263,7 +295,7 @@ def open_release(path: str | os.PathLike[str]) -> Release:
         return Release(
             path=directory,
             manifest=manifest,
-            digest=f"sha256:{hashlib.sha256(text).hexdigest()}",
+            digest=digest_manifest(text),
             _lease=stack.pop_all(),
         )
 

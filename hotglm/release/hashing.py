@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hotglm.errors import ThreadStartError
+from hotglm.file_entry import combine_pieces
 from hotglm.progress import Progress
 from hotglm.release.reading import FileIdentity, read_exactly
 from hotglm.release.writing import write_all, writing
@@ -26,7 +27,6 @@ __all__ = [
     "FilePieces",
     "HashMeter",
     "Piece",
-    "combine_pieces",
     "cut_weights",
     "cut_whole",
     "hash_pieces",
@@ -109,16 +109,6 @@ def cut_weights(data_start: int, tensors: Iterable[tuple[str, int, int]]) -> tup
     """Return header and tensors of a safetensors file; `tensors` yields name, first byte and size, in file order."""
     pieces = [Piece(name=name, offset=offset, nbytes=nbytes) for name, offset, nbytes in tensors]
     return (Piece(name=None, offset=0, nbytes=data_start), *pieces)
-
-
-def combine_pieces(hexadecimals: Sequence[str]) -> str:
-    """Return the digest of a safetensors file from those of its header and its tensors, in file order (D2).
-
-    >>> combine_pieces(["00" * 32])[:24]
-    'safetensors:66687aadf862'
-    """
-    whole = hashlib.sha256(b"".join(bytes.fromhex(text) for text in hexadecimals))
-    return f"safetensors:{whole.hexdigest()}"
 
 
 def num_hash_threads() -> int:

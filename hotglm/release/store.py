@@ -44,7 +44,7 @@ from hotglm.release.ledger import (
 from hotglm.release.objects import share_files
 from hotglm.release.packing import ReleaseDetails, Stated, read_stated, verify_stated
 from hotglm.release.services import Service
-from hotglm.release.store_reading import StoredRelease, StoreReader
+from hotglm.release.store_reading import StoredRelease, StoreReader, release_name
 from hotglm.release.workspace import make_workspace, sweep_workspaces
 from hotglm.release.writing import flush_directory, write_file, writing
 from hotglm.version import Version
@@ -116,7 +116,7 @@ class Store(StoreReader):
         share_files(workspace, filled.files, objects=self.join("objects"))
         write_file(os.path.join(workspace, MANIFEST_NAME), format_manifest(manifest), mode=_MODE)
         flush_tree(workspace, filled.files)
-        name = f"{manifest.sequence:09d}-{stated.version}"
+        name = release_name(manifest.sequence, stated.version)
         path = self.join("releases", name)
         seam.active.rename(workspace, path)
         flush_directory(self.join("releases"))

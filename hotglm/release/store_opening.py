@@ -14,11 +14,11 @@ from hotglm import seam
 from hotglm.errors import ArgumentError, Problem, SourceError, SourceReadError, StoreError, shorten_repr
 from hotglm.release.reading import read_document
 from hotglm.release.store import Store
+from hotglm.release.store_reading import STORE_MARKER
 from hotglm.release.writing import flush_directory, make_directories, replace_whole, writing
 
 __all__ = ["open_store"]
 
-_MARKER = "hotglm-store.json"
 _FORMAT = "hotglm.store/1"
 _DIRECTORIES = ("labels", "objects", "releases", "services", "tmp")
 
@@ -43,7 +43,7 @@ def open_store(path: str | os.PathLike[str], *, creates: bool = False, lock_time
         found = shorten_repr(type(path).__name__)
         raise ArgumentError(f"Expected a path, got {found}.", remedy="give a str or os.PathLike.") from error
     store = Store(path=directory, lock_timeout_s=lock_timeout_s)
-    marker = store.join(_MARKER)
+    marker = store.join(STORE_MARKER)
     text = _read_marker(marker)
     if text is None and creates:
         _create(store)
@@ -51,7 +51,7 @@ def open_store(path: str | os.PathLike[str], *, creates: bool = False, lock_time
     expected = json.dumps({"format": _FORMAT}).encode()
     if text is None or text.strip() != expected:
         found = "none" if text is None else shorten_repr(text[:80].decode(errors="replace"))
-        message = f"Expected {_MARKER!r} with {expected.decode()}, got {found}."
+        message = f"Expected {STORE_MARKER!r} with {expected.decode()}, got {found}."
         raise StoreError(
             f"{shorten_repr(directory)} is not a store that this hotglm can use.",
             problems=[Problem(code="NOT_A_STORE", message=message, file=marker)],
@@ -74,7 +74,7 @@ def _create(store: Store) -> None:
     with writing(store.path):
         with contextlib.suppress(FileExistsError):
             seam.active.mkdir(store.path)
-        ours = {*_DIRECTORIES, _MARKER, "lock"}
+        ours = {*_DIRECTORIES, STORE_MARKER, "lock"}
         foreign = [n for n in seam.active.listdir(store.path) if n not in ours and not n.startswith(".hotglm-")]
         if foreign:
             raise StoreError(
@@ -86,4 +86,4 @@ def _create(store: Store) -> None:
             make_directories(store.join(name), within=store.path)
         flush_directory(store.path)
         flush_directory(os.path.dirname(store.path))  # before the marker: who finds that takes the store for lasting
-        replace_whole(store.join(_MARKER), json.dumps({"format": _FORMAT}).encode() + b"\n")
+        replace_whole(store.join(STORE_MARKER), json.dumps({"format": _FORMAT}).encode() + b"\n")

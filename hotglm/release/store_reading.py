@@ -24,11 +24,23 @@ from hotglm.release.reading import list_directory
 from hotglm.release.writing import writing
 from hotglm.version import Version
 
-__all__ = ["StoreReader", "StoredRelease"]
+__all__ = ["STORE_MARKER", "StoreReader", "StoredRelease", "release_name"]
+
+STORE_MARKER = "hotglm-store.json"
+"""The file that makes a directory a store; written last when one is made."""
 
 _NAME = re.compile(r"([0-9]{9,16})-(.+)")
 _LEDGER_SUFFIX = ".json"
 _MAX_TRIES = 10
+
+
+def release_name(sequence: int, version: object) -> str:
+    """Return the name of the directory of a release in a store (S1).
+
+    >>> release_name(7, "1.4.0")
+    '000000007-1.4.0'
+    """
+    return f"{sequence:09d}-{version}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
