@@ -54,7 +54,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "verdict",
         }
     ),
-    frozenset({"model", "release", "weights"}),
+    frozenset({"deltas", "model", "release", "weights"}),
     frozenset({"slot"}),
     frozenset({"rollout", "watch"}),
     frozenset({"testing"}),
