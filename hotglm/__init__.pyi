@@ -340,6 +340,15 @@ from hotglm.release.store import (
 from hotglm.release.store_opening import (
     open_store as open_store,
 )
+from hotglm.roots import (
+    PublicKey as PublicKey,
+)
+from hotglm.roots import (
+    Role as Role,
+)
+from hotglm.roots import (
+    Roots as Roots,
+)
 from hotglm.slot.admission import (
     HistoryEntry as HistoryEntry,
 )
@@ -375,6 +384,36 @@ from hotglm.slot.staged import (
 )
 from hotglm.slot.status import (
     Status as Status,
+)
+from hotglm.trust.keys import (
+    SigningKey as SigningKey,
+)
+from hotglm.trust.keys import (
+    read_public_key as read_public_key,
+)
+from hotglm.trust.keys import (
+    write_public_key as write_public_key,
+)
+from hotglm.trust.opening import (
+    create_trust as create_trust,
+)
+from hotglm.trust.opening import (
+    open_trust as open_trust,
+)
+from hotglm.trust.policy import (
+    Accepted as Accepted,
+)
+from hotglm.trust.policy import (
+    Trust as Trust,
+)
+from hotglm.trust.signing import (
+    sign_release as sign_release,
+)
+from hotglm.trust.signing import (
+    sign_roots as sign_roots,
+)
+from hotglm.trust.signing import (
+    write_roots as write_roots,
 )
 from hotglm.verdict import (
     Verdict as Verdict,

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, NoReturn
 
-from hotglm.errors import Problem, SourceError, shorten_repr
+from hotglm.errors import HotglmError, Problem, shorten_repr
 
 __all__ = ["MAX_PROBLEMS", "STRING", "Report", "Scanner", "Value", "parse_json", "verify_utf8"]
 
@@ -76,7 +76,7 @@ class Report:
     __slots__ = ("_base", "_error", "_file", "_headline", "_remedy", "prefix", "problems")
 
     def __init__(
-        self, error: type[SourceError], *, headline: str, remedy: str, prefix: str, file: str | None, base: int = 0
+        self, error: type[HotglmError], *, headline: str, remedy: str, prefix: str, file: str | None, base: int = 0
     ) -> None:
         """Take what the refusal will say; `base` is the position of the document in its file, in bytes."""
         self.problems: list[Problem] = []
@@ -114,7 +114,7 @@ class Report:
         """Note a problem at byte `at` of the document, and go on.
 
         Raises:
-            SourceError: the subclass given at construction, when this is the last problem that is gathered.
+            HotglmError: the class given at construction, when this is the last problem that is gathered.
         """
         self.problems.append(self._problem(code, message, at=at, tensor=tensor, expected=expected, found=found))
         if len(self.problems) >= MAX_PROBLEMS:
@@ -133,7 +133,7 @@ class Report:
         """Note a problem behind which nothing can be understood, in front of the others, and raise them all.
 
         Raises:
-            SourceError: always; the subclass given at construction.
+            HotglmError: always; the class given at construction.
         """
         self.problems.insert(0, self._problem(code, message, at=at, tensor=tensor, expected=expected, found=found))
         raise self._refusal("")
@@ -146,12 +146,12 @@ class Report:
         """Raise all problems as one error, if there are any.
 
         Raises:
-            SourceError: the subclass given at construction.
+            HotglmError: the class given at construction.
         """
         if self.problems:
             raise self._refusal("")
 
-    def _refusal(self, note: str) -> SourceError:
+    def _refusal(self, note: str) -> HotglmError:
         num = len(self.problems)
         count = "1 problem" if num == 1 else f"{num} problems"
         return self._error(f"{self._headline}: {count}{note}.", problems=self.problems, remedy=self._remedy)

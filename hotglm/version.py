@@ -106,6 +106,11 @@ class Version:
         return (self._parsed.major, self._parsed.minor, self._parsed.micro)
 
     @property
+    def epoch(self) -> int:
+        """The number before `!`, which comes before all others in the order; 0 where there is none."""
+        return self._parsed.epoch
+
+    @property
     def local(self) -> str | None:
         """The local label after `+`, or None."""
         return self._parsed.local

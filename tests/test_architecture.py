@@ -36,6 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "delta_plan",
             "delta_reader",
             "document",
+            "envelope",
             "environment",
             "environment_comparison",
             "field_reader",
@@ -49,12 +50,13 @@ LAYERS: tuple[frozenset[str], ...] = (
             "output_comparison",
             "output_spec",
             "record",
+            "roots",
             "spelling",
             "tensor_entry",
             "verdict",
         }
     ),
-    frozenset({"deltas", "model", "release", "weights"}),
+    frozenset({"model", "release", "trust", "weights"}),
     frozenset({"slot"}),
     frozenset({"rollout", "watch"}),
     frozenset({"testing"}),
@@ -63,7 +65,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 LAYER_OF = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 
 # Units that start without torch: words, promises, releases, and the doors whose `--help` has to answer at once.
-TORCH_FREE = LAYERS[0] | LAYERS[1] | {"release", "__main__", "cli", "commands"}
+TORCH_FREE = LAYERS[0] | LAYERS[1] | {"release", "trust", "__main__", "cli", "commands"}
 
 # Units without IO: layers 0 and 1, but for the seam, which is there to be the IO.
 IO_FREE = (LAYERS[0] | LAYERS[1]) - {"seam"}
@@ -91,6 +93,7 @@ FACE_USERS = {
 
 # Third parties beyond the core dependencies, and the units that may import them.
 EXTRAS_USERS = {
+    "cryptography": {"trust"},
     "numpy": {"demo"},
     "pytest": {"pytest_plugin"},
     "rich": {"cli", "commands"},
@@ -103,6 +106,7 @@ MAX_LINES = 400
 MAX_IMPORT_MS = 30
 
 PUBLIC_NAMES = [
+    "Accepted",
     "Add",
     "AddField",
     "AmbiguousPathError",
@@ -163,6 +167,7 @@ PUBLIC_NAMES = [
     "Permute",
     "Problem",
     "Progress",
+    "PublicKey",
     "Receipt",
     "ReentrantError",
     "RefreshError",
@@ -174,10 +179,13 @@ PUBLIC_NAMES = [
     "RenameField",
     "ReplayedError",
     "Reshape",
+    "Role",
+    "Roots",
     "Scale",
     "Session",
     "ShardIndexError",
     "SignatureError",
+    "SigningKey",
     "Slice",
     "SlotClosedError",
     "SlotStateError",
@@ -206,6 +214,7 @@ PUBLIC_NAMES = [
     "ThreadStartError",
     "Tie",
     "Transpose",
+    "Trust",
     "TrustError",
     "TrustStateError",
     "UncopyableError",
@@ -221,17 +230,24 @@ PUBLIC_NAMES = [
     "WrongBaseError",
     "Zeros",
     "contract_of",
+    "create_trust",
     "find_breakages",
     "find_incompatibilities",
     "migrate_weights",
     "migrations_of",
     "open_release",
     "open_store",
+    "open_trust",
     "pack",
+    "read_public_key",
     "refresh",
     "required_bump",
     "save_weights",
+    "sign_release",
+    "sign_roots",
     "versioned",
+    "write_public_key",
+    "write_roots",
 ]
 
 

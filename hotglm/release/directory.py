@@ -67,11 +67,13 @@ class Release:
         path: its directory.
         manifest: what it says about itself.
         digest: `sha256:` and 64 hexadecimal digits over the bytes of the manifest, which bind everything else.
+        manifest_bytes: the very bytes that `manifest` was read from; what a signature must be over.
     """
 
     path: str
     manifest: Manifest
     digest: str
+    manifest_bytes: bytes = field(repr=False)
     _lease: ExitStack = field(repr=False)
 
     @property
@@ -296,6 +298,7 @@ def open_release(path: str | os.PathLike[str]) -> Release:
             path=directory,
             manifest=manifest,
             digest=digest_manifest(text),
+            manifest_bytes=text,
             _lease=stack.pop_all(),
         )
 

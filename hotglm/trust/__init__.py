@@ -1,0 +1,1 @@
+"""Who may say that a release is theirs: keys, roots of trust, and what a host remembers. Imports no torch."""
