@@ -56,7 +56,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "verdict",
         }
     ),
-    frozenset({"model", "release", "trust", "weights"}),
+    frozenset({"deltas", "model", "release", "trust", "weights"}),
     frozenset({"slot"}),
     frozenset({"rollout", "watch"}),
     frozenset({"testing"}),

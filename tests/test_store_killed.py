@@ -13,11 +13,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOWS = ("kill", "torn", "EIO", "ENOSPC", "EMFILE")
-STEPS = {"publish": 6, "label": 3, "collect": 7, "trial": 3, "create": 2, "pack": 9, "pack-in-place": 7}
-"""The short form: every how many calls one is killed. The long form takes all of them."""
-
-LEAST_CALLS = {"publish": 80, "label": 40, "collect": 60, "trial": 40, "create": 20, "pack": 80, "pack-in-place": 60}
-"""About how many calls each change makes: a sweep that ends earlier has not seen all of them."""
+LEAST_CALLS = {
+    "publish": 100,
+    "publish-sharded": 120,
+    "publish-shared": 90,
+    "label": 50,
+    "remove-label": 10,
+    "collect": 80,
+    "collect-beside-reader": 70,
+    "trial": 50,
+    "failed-trial": 50,
+    "create": 25,
+    "pack": 100,
+    "pack-in-place": 60,
+}
+"""About how many calls each change makes, a thousand in all: a sweep that ends earlier has not seen all of them."""
 
 
 @pytest.fixture
@@ -33,7 +43,7 @@ def run_program(*words: object) -> subprocess.CompletedProcess[str]:
     """Run a program of `support` in a process of its own."""
     command = [sys.executable, "-m", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3600)
 
 
 def sweep(name: str, how: str, step: int, directory: Path) -> int:
@@ -45,8 +55,8 @@ def sweep(name: str, how: str, step: int, directory: Path) -> int:
 
 @pytest.mark.parametrize("name", LEAST_CALLS)
 def test_a_killed_change_is_done_or_not(name: str, directory: Path) -> None:
-    """D09, D10: SIGKILL in front of any call leaves the old state or the new one, and the next try works."""
-    assert sweep(name, "kill", STEPS[name], directory) >= LEAST_CALLS[name]
+    """D09, D10: SIGKILL in front of every call leaves the old state or the new one, and the next try works."""
+    assert sweep(name, "kill", 1, directory) >= LEAST_CALLS[name]
 
 
 @pytest.mark.parametrize("name", ["publish"])
@@ -58,7 +68,7 @@ def test_a_half_written_file_is_never_read(name: str, directory: Path) -> None:
 @pytest.mark.parametrize("name", ["publish", "trial"])
 def test_a_failing_call_changes_nothing(name: str, directory: Path) -> None:
     """D12, D13, K06: a call that fails is a typed error, leaves the old state or the new one, and nothing open."""
-    assert sweep(name, "ENOSPC", STEPS[name], directory) >= LEAST_CALLS[name]
+    assert sweep(name, "ENOSPC", 4, directory) >= LEAST_CALLS[name]
 
 
 def test_the_sweep_finds_a_planted_bug(directory: Path) -> None:
@@ -76,7 +86,14 @@ def test_every_call_in_every_way(name: str, how: str, directory: Path) -> None:
     assert sweep(name, how, 1, directory) >= (0 if how == "torn" else LEAST_CALLS[name])
 
 
-@pytest.mark.parametrize("num_kills", [30, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_kills",
+    [
+        100,
+        pytest.param(10_000, marks=pytest.mark.slow),
+        pytest.param(100_000, marks=pytest.mark.stress, id="long form"),
+    ],
+)
 def test_a_storm_of_kills_leaves_a_whole_store(num_kills: int, directory: Path) -> None:
     """D17: processes that change one store at once and are killed at random lose nothing that was named or reported."""
     done = run_program("support.kill_storm", num_kills, directory)

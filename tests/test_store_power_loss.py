@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hotglm import seam
-from hotglm.errors import HotglmError
+from hotglm.errors import HotglmError, StoreWriteError
 from hotglm.release.directory import open_release
 from hotglm.release.packing import pack
 from hotglm.release.store import Store
@@ -151,3 +152,91 @@ def test_a_power_cut_leaves_no_part_of_what_is_collected(directory: Path) -> Non
     for path, is_over in cuts(recorder, directory):
         versions = verify_store(open_store(path))
         assert {"1.0", "1.4"} <= set(versions) <= ({"1.0", "1.4"} if is_over else {"1.0", "1.1", "1.3", "1.4"})
+
+
+def test_a_power_cut_leaves_a_label_that_is_removed_whole_or_gone(directory: Path) -> None:
+    """S3: a label that is removed is there as it was, or not at all; once that was reported it stays away."""
+    store = make_store(directory)
+    recorder = record(Path(store.path), lambda: store.remove_label("stable"))
+    for path, is_over in cuts(recorder, directory):
+        label = open_store(path).read_label("stable")
+        assert label is None or (label.release.version == "1.0" and not is_over)
+
+
+def test_a_power_cut_leaves_what_is_shared_whole(directory: Path) -> None:
+    """S6: a release whose files were all linked to what was there is whole or not there; what it shares stays."""
+    store = make_store(directory)
+    recorder = record(Path(store.path), lambda: store.publish(directory / "0", name="ranker", version="2.0"))
+    for path, is_over in cuts(recorder, directory):
+        versions = verify_store(open_store(path))
+        assert versions in ([["1.0", "1.1", "2.0"]] if is_over else [["1.0", "1.1"], ["1.0", "1.1", "2.0"]])
+
+
+def test_a_power_cut_leaves_what_is_tried_refused_or_not_tried(directory: Path) -> None:
+    """S10, S11: a trial that failed, and was reported so, stays refused; nothing unconfirmed is started on."""
+    store = make_store(directory)
+    with store.open_release("1.0") as release:
+        store.service("api").begin(release).confirm()
+
+    def change() -> None:
+        with store.open_release("1.1") as release:
+            store.service("api").begin(release).fail("a reason")
+
+    recorder = record(Path(store.path), change)
+    for path, is_over in cuts(recorder, directory):
+        service = open_store(path).service("api")
+        confirmed = service.start()
+        assert confirmed is not None
+        assert confirmed.version == "1.0"
+        refused = [one.release.version for one in service.read().refused]
+        assert refused in ([["1.1"]] if is_over else [[], ["1.1"]])
+
+
+def test_a_power_cut_leaves_a_store_or_what_becomes_one(directory: Path) -> None:
+    """S: a store that was reported made is one; one that was not can be made where its parts are."""
+    recorder = record(directory, lambda: open_store(directory / "store", creates=True))
+    for path, is_over in cuts(recorder, directory):
+        assert (path / "store" / "hotglm-store.json").exists() or not is_over
+        open_store(path / "store", creates=True)
+
+
+class Interrupted(Recorder):
+    """A recorder in which the first flush of one directory fails, as if the process had been killed in front of it."""
+
+    def __init__(self, root: Path, *, fails: str) -> None:
+        super().__init__(root)
+        self.fails = str(root / fails)
+        self.has_failed = False
+
+    def fsync(self, fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == self.fails and not self.has_failed:
+            self.has_failed = True
+            raise OSError(errno.EIO, "planted")
+        super().fsync(fd)
+
+
+@pytest.mark.parametrize("kind", ["releases", "labels"])
+def test_what_is_reported_at_the_second_try_survives_a_power_cut(kind: str, directory: Path) -> None:
+    """S1, S3, D12: a release or label that stood there already, not flushed, is flushed before it is reported."""
+    store = make_store(directory)
+
+    def change() -> None:
+        if kind == "releases":
+            store.publish(directory / "2", name="ranker", version="2.0")
+        else:
+            store.move_label("stable", "1.1")
+
+    recorder = Interrupted(Path(store.path), fails=kind)
+    before, seam.active = seam.active, recorder
+    try:
+        with pytest.raises(StoreWriteError):
+            change()
+        change()
+    finally:
+        seam.active = before
+    assert recorder.has_failed
+    for path, is_over in cuts(recorder, directory):
+        left = open_store(path)
+        versions, label = verify_store(left), left.read_labels()["stable"]
+        if is_over:
+            assert versions[-1] == "2.0" if kind == "releases" else label.release.version == "1.1"

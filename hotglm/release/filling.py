@@ -13,7 +13,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -114,7 +114,7 @@ def hash_in_place(draft: Draft, *, progress: Callable[[Progress], object] | None
     return filled
 
 
-def flush_tree(directory: str, names: Mapping[str, object]) -> None:
+def flush_tree(directory: str, names: Iterable[str]) -> None:
     """Flush the directories that hold the files `names`, innermost first, and `directory` itself.
 
     Raises:

@@ -24,7 +24,7 @@ from hotglm.release.reading import close_quietly
 
 __all__ = ["hold_exclusively", "lock_directory", "lock_holder", "try_exclusively"]
 
-_PAUSE_S = 0.005
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0001, 0.005
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -36,7 +36,7 @@ def hold_exclusively(path: str, *, timeout_s: float) -> Iterator[None]:
         StoreBusyError: another process holds it for longer than `timeout_s` seconds.
         OSError: it cannot be opened, or this file system has no locks.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     while (fd := _open_locked(path)) is None:
         if time.monotonic() >= deadline:
             message = f"Expected the lock within {timeout_s} s, got none; another process holds it."
@@ -45,7 +45,8 @@ def hold_exclusively(path: str, *, timeout_s: float) -> Iterator[None]:
                 problems=[Problem(code="STORE_BUSY", message=message, file=path)],
                 remedy="try again; if it stays, look with `lslocks` for a process that was stopped.",
             )
-        time.sleep(_PAUSE_S)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LAST_PAUSE_S)  # most changes take less than a millisecond
     try:
         yield
     finally:

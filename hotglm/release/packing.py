@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from hotglm import seam
 from hotglm.contract import Contract
 from hotglm.environment import Environment
-from hotglm.errors import ArgumentError, Problem, StoreConflictError, shorten_repr
+from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.manifest import format_manifest
 from hotglm.manifest_fields import MANIFEST_NAME, CodeEntry, Manifest
 from hotglm.problem import describe_exception
@@ -31,8 +30,8 @@ from hotglm.release.directory import Release, open_release
 from hotglm.release.drafts import Draft, open_draft
 from hotglm.release.environment import format_creation, read_creation
 from hotglm.release.filling import Filled, fill_directory, flush_tree, hash_in_place
-from hotglm.release.workspace import make_workspace, sweep_workspaces
-from hotglm.release.writing import flush_directory, replace_whole, write_file, writing
+from hotglm.release.placing import exists_error, find_destination, place_release, write_manifest
+from hotglm.release.writing import replace_whole, writing
 from hotglm.version import Version
 
 __all__ = ["ReleaseDetails", "Stated", "pack", "read_stated", "verify_stated"]
@@ -139,7 +138,7 @@ def pack(
         if destination is None:
             path = _pack_in_place(draft, stated, sequence=sequence, progress=progress)
         else:
-            path = _pack_copied(draft, stated, os.path.abspath(destination), sequence=sequence, progress=progress)
+            path = _pack_copied(draft, stated, find_destination(destination), sequence=sequence, progress=progress)
     return open_release(path)
 
 
@@ -157,7 +156,7 @@ def _pack_in_place(
     draft: Draft, stated: Stated, *, sequence: int, progress: Callable[[Progress], object] | None
 ) -> str:
     if draft.manifest is not None:
-        raise _exists(draft.path, "Expected weights without a manifest, got a release already.")
+        raise exists_error(draft.path, "Expected weights without a manifest, got a release already.")
     if draft.root != draft.path:
         raise ArgumentError(
             f"Expected a directory to become a release in place, got {shorten_repr(draft.path)}.",
@@ -174,28 +173,11 @@ def _pack_in_place(
 def _pack_copied(
     draft: Draft, stated: Stated, path: str, *, sequence: int, progress: Callable[[Progress], object] | None
 ) -> str:
-    parent = os.path.dirname(path)
-    if os.path.lexists(path):
-        raise _exists(path, "Expected a path that is free, got one where something is.")
-    with writing(parent):
-        sweep_workspaces(parent)
-        with make_workspace(parent) as workspace:
-            filled = fill_directory(draft, workspace, mode=_MODE, progress=progress)
-            text = format_manifest(stated.make_manifest(filled, sequence=sequence))
-            write_file(os.path.join(workspace, MANIFEST_NAME), text, mode=_MODE)
-            flush_directory(workspace)
-            seam.active.rename(workspace, path)  # refused by the system where something was put there meanwhile
-            flush_directory(parent)
+    with place_release(path) as workspace:
+        filled = fill_directory(draft, workspace, mode=_MODE, progress=progress)
+        text = format_manifest(stated.make_manifest(filled, sequence=sequence))
+        write_manifest(workspace, text, filled.files, mode=_MODE)
     return path
-
-
-def _exists(path: str, message: str) -> StoreConflictError:
-    problem = Problem(code="EXISTS", message=message, file=path)
-    return StoreConflictError(
-        f"Cannot pack to {shorten_repr(path)}.",
-        problems=[problem],
-        remedy="choose another, or remove it.",
-    )
 
 
 # -- what it says ------------------------------------------------------------------------------------------------------

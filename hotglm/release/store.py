@@ -2,11 +2,9 @@
 
 Rules this module keeps (the clauses are those of docs/release-format.md):
 
-- A release appears by one rename, whole and flushed; two with one version never stand in a store (S1, S2, D18).
 - What changes a store holds its lock, for a few small calls: never while weights are read, hashed or copied (S5).
 - A label moves only to a release whose every byte was verified, and only from where the caller says it stood (S4).
-- Files of equal content are one file with several names (S6). Nothing here ever writes into a file that is there.
-- A process that is killed leaves debris in `tmp`, which nobody reads and the next publisher cleans away (S9).
+- Publishing is that of `store_publishing`, collection that of `collecting`.
 """
 
 from __future__ import annotations
@@ -15,24 +13,18 @@ import contextlib
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import EllipsisType
 
 from hotglm import seam
 from hotglm.errors import (
     Problem,
-    ReleaseError,
-    SourceReadError,
     StoreConflictError,
-    shorten_repr,
 )
-from hotglm.manifest import format_manifest
-from hotglm.manifest_fields import MANIFEST_NAME, Manifest
 from hotglm.progress import Progress
 from hotglm.release.collecting import Collected, collect_garbage
-from hotglm.release.directory import open_release
 from hotglm.release.drafts import open_draft
-from hotglm.release.filling import Filled, fill_directory, flush_tree
+from hotglm.release.filling import fill_directory
 from hotglm.release.ledger import (
     Label,
     LabelMove,
@@ -41,17 +33,15 @@ from hotglm.release.ledger import (
     verify_word,
     write_ledger,
 )
-from hotglm.release.objects import share_files
-from hotglm.release.packing import ReleaseDetails, Stated, read_stated, verify_stated
+from hotglm.release.packing import ReleaseDetails, read_stated, verify_stated
 from hotglm.release.services import Service
-from hotglm.release.store_reading import StoredRelease, StoreReader, release_name
-from hotglm.release.workspace import make_workspace, sweep_workspaces
-from hotglm.release.writing import flush_directory, write_file, writing
+from hotglm.release.store_publishing import STORED_MODE, make_store_workspace, publish_workspace
+from hotglm.release.store_reading import StoredRelease, StoreReader
+from hotglm.release.writing import flush_directory, writing
 from hotglm.version import Version
 
 __all__ = ["Store"]
 
-_MODE = 0o444
 _MAX_MOVES = 16
 
 
@@ -95,66 +85,11 @@ class Store(StoreReader):
             draft = open_draft(source, stack=stack)
             stated = read_stated(draft, name=name, version=version, details=details or ReleaseDetails())
             verify_stated(stated, sequence=1)
-            tmp = self.join("tmp")
-            with writing(tmp):
-                sweep_workspaces(tmp)
-            with make_workspace(tmp) as workspace:
-                filled = fill_directory(draft, workspace, mode=_MODE, is_linked=is_linked, progress=progress)
-                with self.locked(), writing(self.path):
-                    return self._publish_filled(workspace, filled, stated)
-
-    def _publish_filled(self, workspace: str, filled: Filled, stated: Stated) -> StoredRelease:
-        releases = self.find_releases()
-        self._verify_name(stated.name, releases)
-        manifest = stated.make_manifest(filled, sequence=self._next_sequence(releases))
-        for one in releases:
-            if one.version == stated.version:
-                self._verify_same(one, manifest)
-                # Whoever published it may have been killed, or failed, before it was sure to last (S1).
-                flush_directory(self.join("releases"))
-                return one
-        share_files(workspace, filled.files, objects=self.join("objects"))
-        write_file(os.path.join(workspace, MANIFEST_NAME), format_manifest(manifest), mode=_MODE)
-        flush_tree(workspace, filled.files)
-        name = release_name(manifest.sequence, stated.version)
-        path = self.join("releases", name)
-        seam.active.rename(workspace, path)
-        flush_directory(self.join("releases"))
-        return StoredRelease(sequence=manifest.sequence, version=stated.version, path=path)
-
-    def _next_sequence(self, releases: list[StoredRelease]) -> int:
-        """Return a number that no release of this store had, as far as anything remembers one (S2)."""
-        known = [one.sequence for one in releases]
-        known += [move.release.sequence for label in self.read_labels().values() for move in label.moves]
-        known += [one.sequence for state in self.read_services().values() for one in state.find_ids()]
-        return max(known, default=0) + 1
-
-    def _verify_name(self, name: str, releases: list[StoredRelease]) -> None:
-        for one in reversed(releases):
-            found = _read_name(one)
-            if found == name:
-                return
-            if found is not None:
-                message = f"Expected model {shorten_repr(found)}, got {shorten_repr(name)}."
-                raise StoreConflictError(
-                    f"The store {shorten_repr(self.path)} holds another model.",
-                    problems=[Problem(code="NAME_MISMATCH", message=message, file=self.path)],
-                    remedy="publish it to a store of its own.",
+            with make_store_workspace(self) as workspace:
+                filled = fill_directory(draft, workspace, mode=STORED_MODE, is_linked=is_linked, progress=progress)
+                return publish_workspace(
+                    self, workspace, filled.files, lambda sequence: stated.make_manifest(filled, sequence=sequence)
                 )
-
-    def _verify_same(self, stored: StoredRelease, manifest: Manifest) -> None:
-        with open_release(stored.path) as release:
-            there = release.manifest
-        same = replace(manifest, sequence=there.sequence, created_at=there.created_at, created_in=there.created_in)
-        if same != there:
-            changed = [name for name, entry in manifest.files.items() if there.files.get(name) != entry]
-            what = f"other files ({', '.join(map(shorten_repr, changed[:3]))})" if changed else "another description"
-            message = f"Expected a version that is free, got {stored.version}, which is taken; the new one has {what}."
-            raise StoreConflictError(
-                f"Version {stored.version} was published before, with other content.",
-                problems=[Problem(code="VERSION_REUSED", message=message, file=stored.path)],
-                remedy="publish under a new version; a version means the same bytes for ever.",
-            )
 
     # -- labels --------------------------------------------------------------------------------------------------------
 
@@ -258,16 +193,3 @@ class Store(StoreReader):
             ArgumentError: `name` cannot be one.
         """
         return Service(store=self, name=verify_word(name, what="service"))
-
-
-def _read_name(stored: StoredRelease) -> str | None:
-    """Return the model's name; None where the release is broken, but not where it only cannot be read now."""
-    try:
-        with open_release(stored.path) as release:
-            return release.manifest.name
-    except ReleaseError:
-        return None
-    except SourceReadError as error:
-        if error.code == "NOT_FOUND":
-            return None
-        raise

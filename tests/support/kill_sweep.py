@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import gc
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ from hotglm.release.store import Store
 from hotglm.release.store_opening import open_store
 from hotglm.release.writing import write_file
 from hotglm.testing.seams import hooked
-from support.releases import write_source
+from support.sources import write_source
 
 _FAILED = 7
 
@@ -81,15 +82,30 @@ class Scenario:
         """Raise unless the old state or the new one is there, and the change works when it is made again."""
 
 
+_verified: set[tuple[object, ...]] = set()
+"""Releases that this process has verified, with what tells that no file of them was written since."""
+
+
 def verify_store(store: Store) -> list[str]:
     """Return the versions in a store, all of which verify, as does what labels lead to."""
     for stored in store.find_releases():
-        with open_release(stored.path) as release:
-            release.verify()
+        if (seen := _identify(stored.path)) not in _verified:
+            with open_release(stored.path) as release:
+                release.verify()
+            _verified.add(seen)
     for name, label in store.read_labels().items():
         with store.open_release(name) as release:
             assert release.digest == label.release.digest
     return [str(one.version) for one in store.find_releases()]
+
+
+def _identify(directory: str) -> tuple[object, ...]:
+    found: list[object] = [directory]
+    for parent, _, names in os.walk(directory):
+        statuses = [os.lstat(os.path.join(parent, name)) for name in sorted(names)]
+        found += [(parent, name) for name in sorted(names)]
+        found += [(one.st_ino, one.st_size, one.st_mtime_ns, one.st_mode) for one in statuses]
+    return tuple(found)
 
 
 def code_of(act: Callable[[], object]) -> str | None:
@@ -104,6 +120,8 @@ def code_of(act: Callable[[], object]) -> str | None:
 class Publish(Scenario):
     """A release is published; a label leads to an earlier one."""
 
+    seeds = (1,)
+
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self.store = open_store(directory / "store", creates=True)
@@ -116,13 +134,31 @@ class Publish(Scenario):
         self.version = f"1.{self.round}"
 
     def change(self) -> None:
-        self.store.publish(self.sources[1 + self.round % 2], name="ranker", version=self.version)
+        seed = self.seeds[self.round % len(self.seeds)]
+        self.store.publish(self.sources[seed], name="ranker", version=self.version)
 
     def verify(self) -> None:
         assert verify_store(self.store) in (self.before, [*self.before, self.version])
         self.change()
         assert verify_store(self.store) == [*self.before, self.version]
         assert os.listdir(self.store.join("tmp")) == []
+
+
+class PublishSharded(Publish):
+    """A release of two shards, an index and side files is published."""
+
+    seeds = (2,)
+
+
+class PublishShared(Publish):
+    """A release is published every file of which is shared with one that a label leads to."""
+
+    seeds = (0,)
+
+    def verify(self) -> None:
+        super().verify()
+        paths = (self.store.find_release(target).path for target in ("0.1", self.version))
+        assert len({os.stat(os.path.join(path, "model.safetensors")).st_ino for path in paths}) == 1
 
 
 class Label(Publish):
@@ -149,6 +185,21 @@ class Label(Publish):
         assert self.store.read_labels()["stable"].release.version == self.target
         self.store.collect_garbage()
         assert sorted(os.listdir(self.store.join("labels"))) == ["stable.json"]
+
+
+class RemoveLabel(Publish):
+    """A label is removed; another one stays."""
+
+    def prepare(self) -> None:
+        self.store.move_label("canary", "0.1")
+
+    def change(self) -> None:
+        self.store.remove_label("canary")
+
+    def verify(self) -> None:
+        assert {"stable"} <= set(self.store.read_labels()) <= {"stable", "canary"}
+        self.change()
+        assert set(self.store.read_labels()) == {"stable"}
 
 
 class PlantedLabel(Label):
@@ -188,6 +239,20 @@ class Collect(Publish):
         assert len(os.listdir(self.store.join("objects"))) == 4  # two weights, a config and a vocabulary
 
 
+class CollectBesideReader(Collect):
+    """Garbage is collected while somebody has one of the releases open: that stays, and stays whole."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.opened = self.store.open_release(f"1.{self.round}.0")
+
+    def verify(self) -> None:
+        self.opened.verify()
+        assert str(self.opened.manifest.version) in verify_store(self.store)
+        self.opened.close()
+        super().verify()
+
+
 class Trial(Publish):
     """A service tries a release and confirms it."""
 
@@ -220,6 +285,29 @@ class Trial(Publish):
         assert confirmed.version == self.version
         self.store.collect_garbage()
         assert os.listdir(self.store.join("services")) == ["api.json"]
+
+
+class FailedTrial(Trial):
+    """A service tries a release, which fails; what was confirmed before stays so."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        with self.store.open_release("0.1") as release, self.service.begin(release) as trial:
+            trial.confirm()
+
+    def change(self) -> None:
+        with self.store.open_release(self.version) as release, self.service.begin(release) as trial:
+            trial.fail("a reason")
+
+    def verify(self) -> None:
+        confirmed = self.service.start()
+        assert confirmed is not None
+        assert confirmed.version == "0.1"
+        state = self.service.read()
+        assert state.trials == ()
+        assert {one.release.version for one in state.refused} <= {self.version}
+        assert code_of(self.change) == ("REFUSED" if state.refused else None)
+        self.service.forgive(self.service.read().refused[0].release.digest)
 
 
 class Create(Scenario):
@@ -274,10 +362,15 @@ class PackInPlace(Scenario):
 
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     "publish": Publish,
+    "publish-sharded": PublishSharded,
+    "publish-shared": PublishShared,
     "label": Label,
+    "remove-label": RemoveLabel,
     "planted-label": PlantedLabel,
     "collect": Collect,
+    "collect-beside-reader": CollectBesideReader,
     "trial": Trial,
+    "failed-trial": FailedTrial,
     "create": Create,
     "pack": Pack,
     "pack-in-place": PackInPlace,
@@ -333,4 +426,5 @@ def sweep(name: str, how: str, step: int, directory: Path) -> int:
 if __name__ == "__main__":
     # Reading what is installed takes longer than all the rest.
     environment._read_version = functools.cache(environment._read_version)
+    gc.freeze()
     print(sweep(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])))
