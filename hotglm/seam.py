@@ -115,6 +115,11 @@ class Seam:
         if _madvise is not None:
             _madvise(address, nbytes, MADV_POPULATE_WRITE)
 
+    def keep_from_children(self, memory: mmap.mmap) -> None:
+        """Leave `memory` out of processes that are forked from now on (`madvise(MADV_DONTFORK)`); Linux only."""
+        if hasattr(mmap, "MADV_DONTFORK"):
+            memory.madvise(mmap.MADV_DONTFORK)
+
     def start_thread(self, thread: threading.Thread) -> None:
         """Start a thread (`Thread.start`)."""
         thread.start()

@@ -1,0 +1,245 @@
+"""CUDA, as weights/device.py asks for it.
+
+Rules this module keeps:
+
+- Nothing of CUDA is touched before a tensor on a CUDA device was seen; importing this starts no context.
+- Every call is made with the right device current: the runtime would make a context on device 0 for a thread that has
+  none.
+- No call here waits for the device but `CudaEvent.wait`, which gives the GIL and the core away.
+- A stream that is being captured is left alone, and a thread of a stage tells the driver that its calls belong to no
+  capture (`staging`); what a thread of the service captures meanwhile stays whole.
+
+[Note: streams of torch]
+Torch makes its streams once, in pools, and hands them out in turns: asking a pool often enough names them all, and
+asking costs nothing but the turn. The side stream is one of them, so a service that asks for more streams than a pool
+has may be given it as well: its work and ours then take turns, and are ordered more than they need be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+
+from hotglm.errors import ArgumentError, MemoryPlanError, shorten_repr
+from hotglm.problem import describe_exception
+from hotglm.weights.device import Event
+from hotglm.weights.pinning import PinnedMemory
+
+__all__ = ["CudaDevice", "CudaEvent", "note_stream"]
+
+_PRIORITIES = (0, -1, -2, -3)
+"""Those for which torch has a pool of its own; others mean the nearest of them."""
+
+_NUM_REPEATS = 64
+"""After so many streams in a row that were known already, a pool of 32 has been seen whole, others asking beside us."""
+
+_COPY_NBYTES = 4 << 20
+"""Largest single copy: the service's own copies to the device wait for one of them, 80 us, and not for a window."""
+
+_CAPTURE_POLL_S = 0.001
+
+_THREAD_LOCAL = 1
+"""`CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`."""
+
+
+class CudaEvent:
+    """An event that was recorded when it was made."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        """Record it on `stream`."""
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record(stream)
+
+    def is_done(self) -> bool:
+        """Tell whether everything before it is done."""
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Sleep until everything before it is done."""
+        self._event.synchronize()
+
+    def hold_back(self, stream: torch.cuda.Stream) -> None:
+        """Let what is submitted to `stream` from now on begin after it."""
+        stream.wait_event(self._event)
+
+
+class CudaDevice:
+    """One CUDA device; see `Device`."""
+
+    def __init__(self, index: int) -> None:
+        """Take the side stream from torch's pool."""
+        self.index = index
+        self.name = f"cuda:{index}"
+        self._device = torch.device("cuda", index)
+        self._side = torch.cuda.Stream(device=self._device)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()
+        self._streams: dict[int, torch.cuda.Stream] = {}
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Return `nbytes` of torch's memory that torch reuses only when every stream is done with it."""
+        try:
+            with torch.inference_mode(mode=False), self.submitting():
+                block = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryPlanError(
+                f"Expected {nbytes} bytes on {self.name} for the spare, got none: {describe_exception(error)}.",
+                remedy="free device memory (torch.cuda.empty_cache()), or let go of old generations.",
+            ) from error
+        for stream in self._find_streams():
+            block.record_stream(stream)
+        return block
+
+    def read_free_nbytes(self) -> int:
+        """Return what the driver has free, and what torch keeps in whole blocks and would give back."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        kept = torch.cuda.memory_stats(self._device)
+        reusable = (
+            kept.get("reserved_bytes.all.current", 0)
+            - kept.get("allocated_bytes.all.current", 0)
+            - kept.get("inactive_split_bytes.all.current", 0)
+        )
+        return int(free) + max(0, int(reusable))
+
+    def pin(self, nbytes: int) -> PinnedMemory:
+        """Return exactly `nbytes` of pinned host memory."""
+        return PinnedMemory(nbytes, index=self.index)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Submit a copy from pinned memory, in pieces between which other streams' copies find room."""
+        with self.submitting():
+            for start in range(0, target.numel(), _COPY_NBYTES):
+                end = start + _COPY_NBYTES
+                target[start:end].copy_(source[start:end], non_blocking=True)
+
+    def record(self) -> CudaEvent:
+        """Record an event on the side stream."""
+        return CudaEvent(self._side)
+
+    def record_passes(self) -> tuple[CudaEvent, ...]:
+        """Record an event on every stream that torch has, and on those it was told of."""
+        return tuple(_record_uncaptured(stream) for stream in self._find_streams())
+
+    def wait_for(self, events: Iterable[Event]) -> None:
+        """Hold the side stream back until `events` are done."""
+        for event in events:
+            if not isinstance(event, CudaEvent):
+                raise TypeError(f"an event of CUDA was expected, got {type(event).__name__}")
+            event.hold_back(self._side)
+
+    def submitting(self) -> AbstractContextManager[object]:
+        """Make the side stream, and its device, current in this thread."""
+        return torch.cuda.stream(self._side)
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[None]:
+        """Tell the driver that calls of this thread belong to no graph that another thread captures."""
+        before = _exchange_capture_mode(_THREAD_LOCAL)
+        try:
+            yield
+        finally:
+            if before is not None:
+                _exchange_capture_mode(before)
+
+    def note(self, stream: torch.cuda.Stream) -> None:
+        """Count a stream that is not torch's own among those that passes use."""
+        self._find_streams()
+        with self._lock:
+            self._streams[stream.cuda_stream] = stream
+
+    def _find_streams(self) -> tuple[torch.cuda.Stream, ...]:
+        with self._lock:
+            if not self._streams:
+                self._streams = _list_streams(self._device)
+            return tuple(self._streams.values())
+
+
+def note_stream(stream: torch.cuda.Stream) -> None:
+    """Tell hotglm of a CUDA stream that is not torch's own and on which passes run (`torch.cuda.ExternalStream`).
+
+    Weights that such a pass may still read are then not written again before it has ended. Streams that torch made, by
+    `torch.cuda.Stream()` or as the default one, are known. Call it once, before the first pass; the stream must live as
+    long as the process.
+
+    Args:
+        stream: of any CUDA device.
+
+    Raises:
+        ArgumentError: it is not a CUDA stream.
+    """
+    if not isinstance(stream, torch.cuda.Stream):
+        raise ArgumentError(
+            f"Expected a torch.cuda.Stream, got {shorten_repr(stream)}.",
+            remedy="wrap a raw one: torch.cuda.ExternalStream(pointer).",
+        )
+    find_cuda_device(stream.device_index).note(stream)
+
+
+def find_cuda_device(index: int) -> CudaDevice:
+    """Return the one object that stands for a CUDA device in this process."""
+    with _lock:
+        if index not in _devices:
+            _devices[index] = CudaDevice(index)
+        return _devices[index]
+
+
+_lock = threading.Lock()
+_devices: dict[int, CudaDevice] = {}
+
+
+def _list_streams(device: torch.device) -> dict[int, torch.cuda.Stream]:
+    """Return every stream that torch can hand out for `device`, by its handle ([Note: streams of torch])."""
+    default = torch.cuda.default_stream(device)
+    found = {default.cuda_stream: default}
+    for priority in _PRIORITIES:
+        num_repeats = 0
+        while num_repeats < _NUM_REPEATS:
+            stream = torch.cuda.Stream(device=device, priority=priority)  # type: ignore[no-untyped-call]
+            num_repeats = num_repeats + 1 if stream.cuda_stream in found else 0
+            found.setdefault(stream.cuda_stream, stream)
+    return found
+
+
+def _record_uncaptured(stream: torch.cuda.Stream) -> CudaEvent:
+    """Record an event on `stream` while it is not being captured.
+
+    An event that is recorded in a capture is part of the graph, and says nothing of the work that was queued before.
+    The capture may begin between the question and the record, so it is asked again.
+    """
+    while True:
+        if not _is_captured(stream):
+            event = CudaEvent(stream)
+            if not _is_captured(stream):
+                return event
+        time.sleep(_CAPTURE_POLL_S)
+
+
+def _is_captured(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
+def _exchange_capture_mode(mode: int) -> int | None:
+    """Set how calls of this thread go with captures of others; return how before, None where the driver has no say."""
+    global _driver  # noqa: PLW0603 - looked for once, and only where CUDA is used
+    if _driver is None:
+        try:
+            _driver = ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            return None
+    cell = ctypes.c_int(mode)
+    try:
+        code: int = _driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(cell))
+    except AttributeError:
+        return None
+    return cell.value if code == 0 else None
+
+
+_driver: ctypes.CDLL | None = None
