@@ -21,8 +21,9 @@ from hotglm.errors import (
     StageTimeoutError,
     WarmUpError,
 )
+from hotglm.model.grad_mode import GradMode
 from hotglm.slot import stager
-from hotglm.slot.checks import GradMode, run_checks
+from hotglm.slot.checks import run_checks
 from support.universal import World, universal
 
 X = torch.arange(8.0)

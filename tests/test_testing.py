@@ -215,7 +215,6 @@ def test_a_recompilation_is_caught_and_a_swap_is_none() -> None:
     slot(x)
     with testing.assert_no_recompile():
         slot.update(Model().state_dict(), version="1.0.1")
-        slot.compile(backend="eager")
         slot(x)
         slot.rollback()
         slot(x)

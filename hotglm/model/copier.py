@@ -16,7 +16,6 @@ captured, caches, objects that cannot be copied) is found in the result (`model/
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 import types
 import weakref
@@ -29,6 +28,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hotglm.errors import shorten_repr
+from hotglm.model.compiled import COMPILED_CALL, bind_twins, rebind
 from hotglm.model.derived import Marks
 from hotglm.model.extents import Parts, overlaps_itself
 from hotglm.model.findings import Findings
@@ -38,6 +38,7 @@ from hotglm.model.references import (
     TooManyObjectsError,
     copies_itself,
     has_plain_state,
+    holds,
     is_a,
     is_array,
     is_inert,
@@ -60,7 +61,7 @@ _DICTS = (dict, collections.OrderedDict)
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 _INSIDE = "<inside>"
-_NOT_CARRIED = frozenset({"_compiled_call_impl"})  # compiled for one generation; the next one runs eagerly
+_NOT_CARRIED = frozenset({COMPILED_CALL})  # bound anew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +132,8 @@ class Copier(TorchFunctionMode):
                     self._copy_one(path, module)
                     yield_gil_when_due()
                 self._copy_attributes_of_tensors()
+            for path in bind_twins(modules, self._memo):
+                self._findings.refuse(path, COMPILED_CALL, "it is no call that torch.compile has made")
             self._verify(modules)
             self._findings.raise_if_any()
             twin = self._memo[id(self._root)]
@@ -181,6 +184,9 @@ class Copier(TorchFunctionMode):
             return torch.empty_strided(like.shape, [0] * like.dim(), dtype=like.dtype, device="meta")
         stride = None if like.is_contiguous() or overlaps_itself(like) else like.stride()
         return self._lease.view(offset, dtype=like.dtype, shape=like.shape, stride=stride)
+
+    def _find_twin(self, part: object) -> object | None:
+        return self._memo.get(id(part)) if self._parts.has(part) else None
 
     def _remember(self, source: object, result: object) -> None:
         self._memo[id(source)] = result
@@ -292,6 +298,8 @@ class Copier(TorchFunctionMode):
                     self._findings.refuse(place.path, place.name, why)
                     self._refused[id(item)] = item
                     self._remember(item, item)
+                elif (rebound := rebind(item, self._find_twin)) is not None:
+                    self._remember(item, rebound)
                 elif is_array(item) and not self._parts.has(item):
                     self._findings.judge_array(place.full_name, item, owner=place.owner)
                 elif is_array(item) or self._is_shared(item):
@@ -388,11 +396,5 @@ class Copier(TorchFunctionMode):
         found = next((name for name, value in attributes if value is tensor), place.name)
         if found == _INSIDE:
             rest = ((name, value) for name, value in attributes if name not in _REGISTERED)
-            found = next((name for name, value in rest if _holds(value, tensor)), _INSIDE)
+            found = next((name for name, value in rest if holds(value, tensor)), _INSIDE)
         return replace(place, name=found).full_name
-
-
-def _holds(value: object, tensor: torch.Tensor) -> bool:
-    with contextlib.suppress(TooManyObjectsError):
-        return any(item is tensor for item, _ in walk(value, limit=2000))
-    return False

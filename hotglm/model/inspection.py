@@ -10,7 +10,6 @@ Rules this module keeps:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -22,10 +21,20 @@ from torch import nn
 from hotglm.call_spec import CallSpec
 from hotglm.config_spec import ConfigSpec
 from hotglm.contract import Contract, StateSpec
-from hotglm.errors import ModuleError, NotMaterializedError, Problem, UncopyableError, shorten_repr
+from hotglm.errors import (
+    ModuleError,
+    NotMaterializedError,
+    Problem,
+    UncopyableError,
+    UnswappableError,
+    shorten_repr,
+)
+from hotglm.model.compiled import is_optimized
 from hotglm.model.recording import record_outputs
 from hotglm.model.registry import find_definition
 from hotglm.weights.dtypes import dtype_name
+
+_CANNOT_SWAP = "CANNOT_SWAP_COMPILED"
 
 __all__ = ["StateEntry", "contract_of", "describe_module", "find_state", "find_tensor_fault", "verify_holdable"]
 
@@ -121,8 +130,8 @@ def verify_holdable(module: nn.Module) -> None:
 
     Raises:
         NotMaterializedError: lazy or meta tensors.
-        UncopyableError: sparse, quantised, nested, subclassed or off-CPU tensors, TorchScript or compiled modules,
-            extra state.
+        UncopyableError: sparse, quantised, nested, subclassed or off-CPU tensors, extra state.
+        UnswappableError: TorchScript, or what torch.compile returned, among others.
         ModuleError: it is not a module, or is itself a slot.
     """
     if not isinstance(module, nn.Module):
@@ -144,13 +153,17 @@ def verify_holdable(module: nn.Module) -> None:
         )
     problems = [*_find_unsupported_modules(module), *_find_unsupported_tensors(module)]
     if problems:
-        is_compiled = any(map(_is_compiled, module.modules()))
+        if any(problem.code == _CANNOT_SWAP for problem in problems):
+            raise UnswappableError(
+                "Expected code that takes its weights from the module, got some that has its own.",
+                problems=problems,
+                remedy="give the slot the module that the named part was made from, and compile that in place: "
+                "module.compile(), or slot.compile().",
+            )
         raise UncopyableError(
             "Expected a module that can be copied structurally.",
             problems=problems,
-            remedy="give the slot the uncompiled module, and compile the live one with slot.compile()."
-            if is_compiled
-            else "replace the named parts by plain dense CPU tensors and ordinary modules.",
+            remedy="replace the named parts by plain dense CPU tensors and ordinary modules.",
         )
 
 
@@ -162,25 +175,20 @@ def _find_unsupported_modules(root: nn.Module) -> Iterator[Problem]:
         where = shorten_repr(path or type(root).__name__)
         if isinstance(module, torch.jit.ScriptModule):
             yield Problem(
-                code="CANNOT_SWAP_COMPILED",
+                code=_CANNOT_SWAP,
                 message=f"Expected an eager module at {where}, got TorchScript, whose tensors are fixed",
             )
-        elif _is_compiled(module):
+        elif is_optimized(module):
             yield Problem(
-                code="CANNOT_SWAP_COMPILED",
-                message=f"Expected an eager module at {where}, got what torch.compile returns, which calls the one "
-                f"module it was made from",
+                code=_CANNOT_SWAP,
+                message=f"Expected a module at {where}, got what torch.compile returns, which calls the one module it "
+                f"was made from",
             )
         elif type(module).get_extra_state is not nn.Module.get_extra_state:
             yield Problem(
                 code="EXTRA_STATE",
                 message=f"Expected state in tensors only, got get_extra_state() at {where}",
             )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # imported by whoever has compiled something
-    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def _find_slots(root: nn.Module) -> Iterator[str]:

@@ -16,6 +16,7 @@ Plain numbers and strings are neither followed nor counted, nor is what holds on
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import gc
 import logging
@@ -37,6 +38,7 @@ __all__ = [
     "TooManyObjectsError",
     "copies_itself",
     "has_plain_state",
+    "holds",
     "is_a",
     "is_array",
     "is_inert",
@@ -192,6 +194,13 @@ def reaches(value: object, wanted: Callable[[object], bool], *, known: dict[int,
     except TooManyObjectsError:
         return True
     known.update(seen)
+    return False
+
+
+def holds(value: object, wanted: object) -> bool:
+    """Whether `wanted` itself is soon met on the way from `value`."""
+    with contextlib.suppress(TooManyObjectsError):
+        return any(item is wanted for item, _ in walk(value, limit=2000))
     return False
 
 

@@ -6,7 +6,8 @@ Rules this module keeps:
   has failed.
 - Every check runs, and all failures of one kind of check are named at once.
 - Passes run in the grad mode of the caller of `stage`, because that is the mode the service runs in, and because caches
-  and compiled code are keyed by it.
+  and compiled code are keyed by it. Where code is compiled, the modes are known in which the service's own passes had
+  it compiled; warm-up then runs in those instead.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from torch import nn
 from hotglm import seam
 from hotglm.contract import Contract
 from hotglm.errors import ArgumentError, CallableCheckError, GoldenMismatchError, Problem, WarmUpError, shorten_repr
+from hotglm.model.compiled import find_modes
+from hotglm.model.grad_mode import GradMode
 from hotglm.model.recording import call_with
 from hotglm.output_spec import OutputSpec
 from hotglm.problem import describe_exception
+from hotglm.verdict import Finding
 from hotglm.weights.digest import tensor_bytes
 
-__all__ = ["Golden", "GradMode", "Inputs", "StagePolicy", "find_differences", "promise_outputs", "run_checks"]
+__all__ = ["COMPILES_LATER", "Golden", "Inputs", "StagePolicy", "find_differences", "promise_outputs", "run_checks"]
 
 Inputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 """Arguments of one pass: one tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -119,38 +123,17 @@ class StagePolicy:
             )
 
 
+COMPILES_LATER = Finding(
+    code="COMPILES_LATER",
+    message="New code is compiled like the code that serves, and there are no inputs to compile it with in staging; "
+    "the first pass will compile it",
+    refuses=False,
+    remedy="pass StagePolicy(warm_up=(inputs,)) with inputs like those of the service, or goldens.",
+)
+
+
 def _is_tuple_of(value: object, test: Callable[[object], bool]) -> bool:
     return isinstance(value, tuple) and all(test(item) for item in value)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GradMode:
-    """The autograd and autocast modes of a thread, which new threads do not inherit."""
-
-    grad: bool
-    inference: bool
-    autocast: bool
-    autocast_dtype: torch.dtype
-
-    @classmethod
-    def current(cls) -> GradMode:
-        """Return those of the calling thread."""
-        return cls(
-            grad=torch.is_grad_enabled(),
-            inference=torch.is_inference_mode_enabled(),
-            autocast=torch.is_autocast_enabled("cpu"),
-            autocast_dtype=torch.get_autocast_dtype("cpu"),
-        )
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Run the body of a `with` in these modes."""
-        with (
-            torch.inference_mode(self.inference),
-            torch.set_grad_enabled(self.grad and not self.inference),
-            torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast),
-        ):
-            yield
 
 
 def promise_outputs(contract: Contract, policy: StagePolicy, *, live: Contract | None) -> Contract:
@@ -177,8 +160,10 @@ def run_checks(module: nn.Module, *, policy: StagePolicy, mode: GradMode) -> tup
     """
     if policy.warm_up or policy.goldens or policy.checks:
         with _unchanged(module):
+            for passes in find_modes(module) or (mode,):
+                with passes.applied():
+                    _run_warm_up(module, policy.warm_up)
             with mode.applied():
-                _run_warm_up(module, policy.warm_up)
                 _compare_goldens(module, policy.goldens)
             _ask(module, policy.checks)
     return (

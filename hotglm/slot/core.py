@@ -36,16 +36,17 @@ from hotglm.events import (
     SupersededEvent,
 )
 from hotglm.migration.registry import Migrations
+from hotglm.model.grad_mode import GradMode
 from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, Publication
-from hotglm.slot.checks import GradMode, StagePolicy
+from hotglm.slot.checks import StagePolicy
 from hotglm.slot.generation import Generation, Retired
 from hotglm.slot.holders import Holder, Sessions
 from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.receipt import Receipt
 from hotglm.slot.source import Source
 from hotglm.slot.spare import Spares
-from hotglm.slot.staged import Staged, StageRecord
+from hotglm.slot.staged import RECEIPT_PARTS, Staged, StageRecord
 from hotglm.slot.stager import Stager, clear_frames
 from hotglm.slot.staging import StageRequest
 from hotglm.version import Bump, Version
@@ -342,7 +343,7 @@ class SlotCore:
     def _receipt(
         self, action: str, old: Publication, new: Generation, commit_s: float, staged: Staged | None = None
     ) -> Receipt:
-        parts = {} if staged is None else {name: getattr(staged, name) for name in _STAGED_PARTS}
+        parts = {} if staged is None else {name: getattr(staged, name) for name in RECEIPT_PARTS}
         return Receipt(
             action=action,
             slot=self.settings.name,
@@ -382,10 +383,6 @@ def _note_held(late: deque[Event], settings: SlotSettings, retired: Retired, hol
         holders=texts,
     )
     late.append(event)
-
-
-_STAGED_PARTS = ("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted", "migration")
-"""What a receipt takes over from the stage as it is."""
 
 
 def _describe(source: object, version: object) -> str:

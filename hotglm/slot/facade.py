@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from hotglm.errors import SlotStateError
+from hotglm.model.compiled import bind, settle
 
 if TYPE_CHECKING:
     from hotglm.slot.admission import Admission
@@ -103,8 +104,13 @@ class ModuleFacade(nn.Module):
         self._live_module.training = mode
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the live module in place (`nn.Module.compile`)."""
-        self._live_module.compile(*args, **kwargs)
+        """Compile the live module in place (`nn.Module.compile`), and those held for rollback; later ones are, too."""
+        live = self._admission.live
+        module = live.generation.module
+        module.compile(*args, **kwargs)
+        settle(module)
+        for held in live.held:
+            vars(held.module)["_compiled_call_impl"] = bind(module._compiled_call_impl, held.module)
         self._admission.refresh_call()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -168,6 +174,8 @@ class ModuleFacade(nn.Module):
         """Set bookkeeping names (with a leading underscore) on the slot; refuse others."""
         if name == "__class__":  # parametrize does it
             _refuse_write("another class for a slot", "it on the module before it is given to the slot")
+        if name == "_orig_mod":  # of what torch.compile returned: nothing would change for passes
+            _refuse_write("another module behind the compiled one", "slot.update(module)")
         if name.startswith("_") or isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 from hotglm.errors import DrainTimeoutError
+from hotglm.model.compilations import count_compiled
 from hotglm.slot.core import SlotCore
 from hotglm.slot.generation import Generation, Retired, State
 from hotglm.slot.holders import Holder, find_passes, find_references
@@ -39,6 +40,7 @@ def read_status(core: SlotCore) -> Status:
         num_refused=core.num_refused,
         last_refusal=core.refusals[-1] if core.refusals else "",
         closed=core.admission.is_closed,
+        recompiles=count_compiled(live.generation.module),
     )
 
 

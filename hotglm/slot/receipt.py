@@ -49,6 +49,9 @@ class Receipt:
         refreshed: refresh methods that ran.
         converted: tensors whose dtype was converted.
         migration: what was done to bring the weights to the code's layout, in words; empty where nothing was.
+        recompiles: pieces of code that torch compiled while it was staged; 0 where what had been compiled for the live
+            version serves this one, too. What passes had compiled since is in `slot.status().recompiles`.
+        recaptures: device graphs that torch recorded while it was staged.
         commit_s: time from entering the commit to the new generation being visible, in seconds.
         at_s: wall-clock time, seconds since 1970.
         code: error code of a refusal, else empty.
@@ -71,6 +74,8 @@ class Receipt:
     refreshed: tuple[str, ...] = ()
     converted: tuple[str, ...] = ()
     migration: tuple[str, ...] = ()
+    recompiles: int = 0
+    recaptures: int = 0
     commit_s: float = 0.0
     at_s: float = 0.0
     code: str = ""
@@ -109,6 +114,8 @@ class Receipt:
         lines += [f"  migrated: {line}" for line in self.migration]
         lines += [f"  digest {self.digest}"] if self.digest else []
         lines += [f"  proved: {', '.join(self.checks)}"] if self.checks else []
+        lines += [f"  compiled: {self.recompiles}"] if self.recompiles else []
+        lines += [f"  recorded graphs: {self.recaptures}"] if self.recaptures else []
         lines += [f"  recomputed: {', '.join(self.refreshed)}"] if self.refreshed else []
         lines += [f"  carried over: {', '.join(self.carried)}"] if self.carried else []
         return "\n".join(lines)

@@ -24,6 +24,8 @@ from torch import nn
 from hotglm.errors import ArgumentError, SlotStateError
 from hotglm.events import Event
 from hotglm.migration.registry import Migrations
+from hotglm.model.compilations import listen
+from hotglm.model.compiled import adopt_compiled, settle
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import find_definition
 from hotglm.progress import Progress
@@ -94,6 +96,8 @@ class ModuleSlot(ModuleFacade):
             ArgumentError: `version` or `accept` cannot be meant.
         """
         _verify_settings(name=name, policy=policy, memory=memory, refresh=refresh, migrations=migrations)
+        module = settle(module)
+        listen()
         contract = promise_outputs(contract_of(module), policy or StagePolicy(), live=None)
         definition = find_definition(type(module))
         label = name or (definition.name if definition else type(module).__name__)
@@ -316,6 +320,8 @@ class ModuleSlot(ModuleFacade):
         with self.acquire() as generation:
             copied = ModuleSlot(copy.deepcopy(generation.module, memo), **self._options())
             copied.live.code_version, copied.live.is_migrated = generation.code_version, generation.is_migrated
+            adopt_compiled(copied.live.module, generation.module)
+            copied._admission.refresh_call()
         memo[id(self)] = copied
         return copied
 

@@ -23,6 +23,7 @@ from hotglm.contract import Contract
 from hotglm.document import Report, parse_json
 from hotglm.errors import ArgumentError, Problem, TensorValueError, VersionSyntaxError, shorten_repr
 from hotglm.migration.plan import StatePlan
+from hotglm.model.compiled import Recipe, find_recipe, unwrap
 from hotglm.model.inspection import contract_of, find_state
 from hotglm.model.module_versions import KEY as MODULE_VERSIONS_KEY
 from hotglm.model.module_versions import MAX_MODULES, find_module_versions
@@ -70,6 +71,7 @@ class Offer:
         release: the open release that they are part of, if they are.
         tensors: tensors, for a mapping or module.
         module: the module, for a module source: its structure is what holds the weights.
+        recipe: how that was compiled as a whole, if it was what `torch.compile` returns.
         definition: what is declared of the module's class.
     """
 
@@ -87,6 +89,7 @@ class Offer:
     release: Release | None = None
     tensors: Mapping[str, torch.Tensor] | None = None
     module: nn.Module | None = None
+    recipe: Recipe | None = None
     definition: Definition | None = None
 
     def close(self) -> None:
@@ -120,7 +123,7 @@ def open_source(source: Source) -> Offer:
         ModuleError: a module that no slot can hold.
     """
     if isinstance(source, nn.Module):
-        return _offer_module(source)
+        return _offer_module(unwrap(source), compiled=source)
     if isinstance(source, Mapping):
         return _offer_tensors(source)
     if isinstance(source, (str, os.PathLike)):
@@ -260,7 +263,7 @@ def _why_unusable(name: object, tensor: object) -> str | None:
     return None if tensor.dtype in LOADABLE_DTYPES or tensor.dtype.is_complex else f"dtype {dtype_name(tensor.dtype)}"
 
 
-def _offer_module(module: nn.Module) -> Offer:
+def _offer_module(module: nn.Module, *, compiled: nn.Module) -> Offer:
     contract = contract_of(module)
     definition = find_definition(type(module))
     tensors = {entry.name: entry.tensor for entry in find_state(module) if entry.persistent}
@@ -275,5 +278,6 @@ def _offer_module(module: nn.Module) -> Offer:
         requires=definition.requires if definition else (),
         tensors=tensors,
         module=module,
+        recipe=None if compiled is module else find_recipe(compiled),
         definition=definition,
     )

@@ -26,7 +26,13 @@ from hotglm.slot.receipt import StageTiming
 from hotglm.verdict import Verdict
 from hotglm.version import Version
 
-__all__ = ["StageRecord", "Staged"]
+__all__ = ["RECEIPT_PARTS", "StageRecord", "Staged"]
+
+RECEIPT_PARTS = (
+    *("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted", "migration"),
+    *("recompiles", "recaptures"),
+)
+"""What a receipt takes over from the stage as it is."""
 
 
 class Staged:
@@ -47,6 +53,8 @@ class Staged:
         timings: how long each part took.
         checks: what was proved, in words.
         migration: what was done to bring the weights to the code's layout, in words; empty where nothing was.
+        recompiles: pieces of code that torch compiled while it was staged.
+        recaptures: device graphs that torch recorded while it was staged.
     """
 
     __hotglm_slot__ = True
@@ -90,6 +98,7 @@ class Staged:
         self.refreshed = record.refreshed
         self.converted = tuple(record.converted)
         self.migration = record.migration
+        self.recompiles, self.recaptures = record.recompiles, record.recaptures
 
     @property
     def state(self) -> State:
@@ -193,6 +202,8 @@ class StageRecord:
     refreshed: tuple[str, ...] = ()
     converted: list[str] = field(default_factory=list)
     migration: tuple[str, ...] = ()
+    recompiles: int = 0
+    recaptures: int = 0
 
     @contextmanager
     def timed(self, part: str, nbytes: int = 0) -> Iterator[None]:

@@ -29,8 +29,11 @@ from hotglm.errors import (
     RefreshError,
 )
 from hotglm.migration.registry import Migrations
+from hotglm.model.compilations import counting, forget_compiled
+from hotglm.model.compiled import adopt_compiled, compile_as, is_compiled
 from hotglm.model.derived import Marks, run_refreshers
 from hotglm.model.extents import lay_out
+from hotglm.model.grad_mode import GradMode
 from hotglm.model.inspection import StateEntry, contract_of, find_state
 from hotglm.model.registry import find_definition
 from hotglm.model.twin import Twin, copy_module, settle_in_place, verify_copyable
@@ -38,7 +41,7 @@ from hotglm.problem import describe_exception
 from hotglm.progress import Progress
 from hotglm.release.environment import read_environment
 from hotglm.release.files import WeightFiles
-from hotglm.slot.checks import GradMode, StagePolicy, promise_outputs, run_checks
+from hotglm.slot.checks import COMPILES_LATER, StagePolicy, promise_outputs, run_checks
 from hotglm.slot.code import Code, Question, choose_code
 from hotglm.slot.generation import Generation
 from hotglm.slot.migrating import describe_gap, hides_values
@@ -134,7 +137,7 @@ class _Stage:
             )
             taken.lease.tie_to(twin.module)
             record.carried = twin.carried
-            _adopt_mode(twin.module, self._request.live.module)
+            self._adopt(twin.module)
             self._carry_over(entries, twin)
         loaded = self._load(twin, layout, taken.lease, entries)
         generation = self._prove(twin, code, taken, loaded)
@@ -193,6 +196,8 @@ class _Stage:
         )
         if code.gap is not None and (hides_values(code.gap) or not verdict.accepted):
             verdict = replace(verdict, findings=(describe_gap(code.gap), *verdict.findings))
+        if code.is_new and is_compiled(request.live.module) and not (request.policy.warm_up or request.policy.goldens):
+            verdict = replace(verdict, findings=(*verdict.findings, COMPILES_LATER))
         self._record.verdict = verdict
         verdict.raise_if_refused()
         return code
@@ -209,6 +214,14 @@ class _Stage:
         for entry in entries:
             if not entry.persistent:
                 twin.views[entry.name].copy_(entry.tensor.detach())
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Give `module` the training flags and the compilation of what serves, or of what was offered compiled."""
+        recipe = self._offer.recipe
+        if recipe is not None and module._compiled_call_impl is None:
+            compile_as(module, recipe)
+        _adopt_mode(module, self._request.live.module)
+        adopt_compiled(module, self._request.live.module)
 
     def _constants(self) -> tuple[str, ...]:
         """Return the patterns of derived state that needs no declaration of its own.
@@ -267,10 +280,12 @@ class _Stage:
         with record.timed("refresh"):
             self._refresh(twin, loaded)
             marks = Marks(twin.loose)  # before warm-up, which is a pass
-        with record.timed("check"):
+        with record.timed("check"), counting() as compilations:
             proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
+        record.recompiles, record.recaptures = compilations.num_compiled, compilations.num_captured
+        forget_compiled(twin.module)
         self._verify_layout(twin.module, code.contract)
-        _adopt_mode(twin.module, request.live.module)  # again: it may have changed meanwhile
+        self._adopt(twin.module)  # again: it may have changed meanwhile
         values = [
             *(["finite values"] if request.policy.finite else []),
             *([f"{len(loaded.digests)} digests taken"] if loaded.digests else []),

@@ -47,6 +47,8 @@ class Status:
         arenas_nbytes: bytes in arenas, those left to outside holders included.
         num_refused: stages refused so far.
         last_refusal: text of the latest refusal, empty if there was none.
+        recompiles: how often passes of the live generation had torch compile something since it was staged; 0 where
+            staging has warmed up all that passes need. Compiled modules only (docs/compiled.md).
         closed: whether the slot takes updates no longer.
     """
 
@@ -61,6 +63,7 @@ class Status:
     num_refused: int
     last_refusal: str
     closed: bool
+    recompiles: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as data that `json.dumps` takes."""

@@ -172,7 +172,6 @@ class CellRun:
         with watched:
             traffic.announce(new)
             slot.commit(staged)
-            self._compile(slot)
             traffic.settle()
             _verify_live(slot, number)
             for target, answer in ((slot.history[-2].number, old), (number, new)):

@@ -18,9 +18,10 @@ from typing import Any, Self
 
 from torch import nn
 
+from hotglm.model.grad_mode import GradMode
 from hotglm.model.recording import call_with
 from hotglm.problem import describe_exception
-from hotglm.slot.checks import Golden, GradMode, Inputs, find_differences
+from hotglm.slot.checks import Golden, Inputs, find_differences
 from hotglm.testing.waiting import wait_until
 from hotglm.weights.workers import yield_gil
 
