@@ -143,6 +143,8 @@ _EXPORTS: dict[str, str] = {
     "create_trust": "hotglm.trust.opening",
     "find_breakages": "hotglm.comparison",
     "find_incompatibilities": "hotglm.compatibility",
+    "make_delta": "hotglm.deltas.making",
+    "materialize": "hotglm.deltas.materializing",
     "migrate_weights": "hotglm.model.migrated_file",
     "migrations_of": "hotglm.model.registry",
     "open_release": "hotglm.release.directory",

@@ -34,6 +34,12 @@ from hotglm.contract import (
 from hotglm.contract import (
     StateSpec as StateSpec,
 )
+from hotglm.deltas.making import (
+    make_delta as make_delta,
+)
+from hotglm.deltas.materializing import (
+    materialize as materialize,
+)
 from hotglm.errors import (
     AmbiguousPathError as AmbiguousPathError,
 )

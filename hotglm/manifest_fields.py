@@ -74,7 +74,12 @@ class ReleasedTensor:
     @property
     def nbytes(self) -> int:
         """Size in bytes; 0 for a dtype that the format does not have."""
-        return math.prod(self.shape) * _NBITS.get(self.dtype, 0) // 8
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Size of an element in bytes; 0 for a dtype that the format does not have."""
+        return _NBITS.get(self.dtype, 0) // 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

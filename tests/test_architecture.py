@@ -233,6 +233,8 @@ PUBLIC_NAMES = [
     "create_trust",
     "find_breakages",
     "find_incompatibilities",
+    "make_delta",
+    "materialize",
     "migrate_weights",
     "migrations_of",
     "open_release",
