@@ -17,6 +17,7 @@ LEAST_CALLS = {
     "publish": 100,
     "publish-sharded": 120,
     "publish-shared": 90,
+    "publish-known": 90,
     "label": 50,
     "remove-label": 10,
     "collect": 80,

@@ -65,6 +65,7 @@ def collect_garbage(store: StoreReader, *, keep_newest: int, is_dry: bool = Fals
             (removed if _remove(store, one) else in_use).append(one)
         debris = [*sweep_workspaces(store.join("tmp")), *_sweep_partials(store), *sweep_holders(store)]
         num_objects, nbytes = _remove_objects(store)
+        store.digests.forget_lost(lambda: _find_files(store.join("releases")))
     return Collected(
         removed=tuple(removed), in_use=tuple(in_use), num_objects=num_objects, nbytes=nbytes, debris=tuple(debris)
     )

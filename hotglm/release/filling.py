@@ -5,17 +5,18 @@ Rules this module keeps:
 - A copy holds the bytes that were hashed; a link and a file that stays are hashed by the name they will have.
 - Everything is flushed before this returns, so that a manifest that is written after it promises only what is on disk.
 - At most `_BATCH` copies are open at once.
+- A file whose digest is known and that is as it was then is neither read nor hashed: it is linked (S13).
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hotglm import seam
 from hotglm.document import Report
@@ -23,25 +24,39 @@ from hotglm.errors import DigestMismatchError, Problem, ReleaseError, shorten_re
 from hotglm.file_entry import FileEntry
 from hotglm.manifest_fields import ReleasedTensor
 from hotglm.progress import Progress
+from hotglm.release.digest_cache import DigestCache, FileStamp, KnownFile, find_stamp
 from hotglm.release.directory import cut_side_file, cut_weight_file
 from hotglm.release.drafts import Draft
 from hotglm.release.files import WeightFile
 from hotglm.release.hashing import FilePieces, HashMeter, hash_pieces
+from hotglm.release.known_files import link_known, link_source
 from hotglm.release.reading import close_quietly, open_regular, read_status, verify_identity
 from hotglm.release.writing import flush_directory, flush_file, make_directories, writing
 
 __all__ = ["Filled", "fill_directory", "flush_tree", "hash_in_place"]
 
 _BATCH = 64
-_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filled:
-    """What stands in the directory of a release, as its manifest will say."""
+    """What stands in the directory of a release, as its manifest will say.
+
+    Attributes:
+        files: every file by path.
+        tensors: every tensor by name.
+        stamps: by path, what sources that were hashed now can be known by, where they can.
+    """
 
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, ReleasedTensor]
+    stamps: Mapping[str, FileStamp] = field(default_factory=dict)
+
+    def find_known(self) -> Iterator[KnownFile]:
+        """Yield what was learnt about the sources."""
+        for name, stamp in self.stamps.items():
+            digests = {tensor: one.digest for tensor, one in self.tensors.items() if one.file == name}
+            yield KnownFile(stamp=stamp, is_object=False, digest=self.files[name].digest, tensors=digests)
 
 
 def fill_directory(
@@ -50,6 +65,7 @@ def fill_directory(
     *,
     mode: int,
     is_linked: bool = False,
+    cache: DigestCache | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Filled:
     """Copy the files of a draft into an empty directory, or link them, hash and flush them.
@@ -59,6 +75,7 @@ def fill_directory(
         directory: where to; it must exist.
         mode: permissions of the copies.
         is_linked: whether a further name of the same file will do, where the file system can give one.
+        cache: what is known of files; what it knows is linked, and neither read nor hashed.
         progress: told how far it is.
 
     Raises:
@@ -67,17 +84,21 @@ def fill_directory(
         SourceReadError: it cannot be read. StoreWriteError: a copy cannot be written.
     """
 
-    def place(name: str, file: WeightFile | None, stack: ExitStack) -> FilePieces:
+    def place(name: str, file: WeightFile | None, stack: ExitStack) -> FilePieces | KnownFile:
         source, target = draft.sources[name], os.path.join(directory, *name.split("/"))
         with writing(target):
             make_directories(os.path.dirname(target), within=directory)
-            if is_linked and _link(source, target):
+            if cache is not None:
+                known = link_known(source, target, file=file, cache=cache, is_linked=is_linked)
+                if known is not None:
+                    return known
+            if is_linked and link_source(source, target):
                 return _cut(name, target, file=_reopen(file, target, stack=stack), stack=stack)
             fd = seam.active.create(target, mode)
         stack.callback(close_quietly, fd)
         return replace(_cut(name, source, file=file, stack=stack), copy_path=target, copy_fd=fd)
 
-    filled = _hash_all(draft, place, part="copy", progress=progress)
+    filled = _hash_all(draft, place, part="copy", cache=cache, progress=progress)
     with writing(directory):
         flush_tree(directory, filled.files)
     return filled
@@ -104,10 +125,10 @@ def hash_in_place(draft: Draft, *, progress: Callable[[Progress], object] | None
             report.add("NOT_REGULAR", f"Expected {shorten_repr(name)} to be a regular file, got a link.", found=name)
     report.raise_if_any()
 
-    def place(name: str, file: WeightFile | None, stack: ExitStack) -> FilePieces:
+    def place(name: str, file: WeightFile | None, stack: ExitStack) -> FilePieces | KnownFile:
         return _cut(name, draft.sources[name], file=file, stack=stack)
 
-    filled = _hash_all(draft, place, part="hash", progress=progress)
+    filled = _hash_all(draft, place, part="hash", cache=None, progress=progress)
     for path in draft.sources.values():
         with writing(path):
             flush_file(path)
@@ -128,9 +149,10 @@ def flush_tree(directory: str, names: Iterable[str]) -> None:
 
 def _hash_all(
     draft: Draft,
-    place: Callable[[str, WeightFile | None, ExitStack], FilePieces],
+    place: Callable[[str, WeightFile | None, ExitStack], FilePieces | KnownFile],
     *,
     part: str,
+    cache: DigestCache | None,
     progress: Callable[[Progress], object] | None,
 ) -> Filled:
     weights = {} if draft.files is None else {os.path.relpath(one.path, draft.root): one for one in draft.files.files}
@@ -139,9 +161,13 @@ def _hash_all(
     digests: dict[str, str] = {}
     tensors: dict[str, str] = {}
     sizes: dict[str, int] = {}
+    stamps: dict[str, FileStamp] = {}
     for names in _batched(list(draft.sources)):
         with ExitStack() as stack:
-            cut = [place(name, weights.get(name), stack) for name in names]
+            placed = {name: place(name, weights.get(name), stack) for name in names}
+            cut = [one for one in placed.values() if isinstance(one, FilePieces)]
+            known = {name: one for name, one in placed.items() if isinstance(one, KnownFile)}
+            watched = None if cache is None else _Watched(cut, cache=cache)
             of_files, of_tensors = hash_pieces(cut, meter=meter)
             for one in cut:
                 verify_identity(one.fd, identity=one.identity, path=draft.sources[one.path])
@@ -149,6 +175,15 @@ def _hash_all(
                     with writing(one.copy_path or ""):
                         seam.active.fsync(one.copy_fd)
                 sizes[one.path] = one.identity.size
+            if watched is not None:
+                stamps |= watched.find_stamps()
+        for name, found in known.items():
+            meter.add(found.stamp.size)
+            sizes[name] = found.stamp.size
+            of_files[name] = found.digest
+            of_tensors |= found.tensors
+            if not found.is_object:
+                stamps[name] = found.stamp
         digests |= of_files
         tensors |= of_tensors
     filled = Filled(
@@ -158,9 +193,34 @@ def _hash_all(
             for name, file in weights.items()
             for tensor, entry in file.header.tensors.items()
         },
+        stamps=stamps,
     )
     _verify_promised(draft, filled)
     return filled
+
+
+class _Watched:
+    """The status of open files in front of the first byte that is hashed, to be compared behind the last one."""
+
+    def __init__(self, cut: Sequence[FilePieces], *, cache: DigestCache) -> None:
+        large = [one for one in cut if one.identity.size >= cache.least_nbytes]
+        self._before = [(one, status) for one in large if (status := _find_status(one.fd)) is not None]
+        self._began_ns = cache.now_ns()
+
+    def find_stamps(self) -> Iterator[tuple[str, FileStamp]]:
+        for one, before in self._before:
+            after = _find_status(one.fd)
+            is_linked = one.copy_fd is None  # what is hashed and not copied was linked just now
+            if after is not None:
+                stamp = find_stamp(before, after, began_ns=self._began_ns, is_linked=is_linked)
+                if stamp is not None:
+                    yield one.path, stamp
+
+
+def _find_status(fd: int) -> os.stat_result | None:
+    with contextlib.suppress(OSError):  # then nothing is remembered of it
+        return seam.active.fstat(fd)
+    return None
 
 
 def _batched(names: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -171,17 +231,6 @@ def _batched(names: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def _cut(name: str, path: str, *, file: WeightFile | None, stack: ExitStack) -> FilePieces:
     return cut_side_file(path, name=name, stack=stack) if file is None else cut_weight_file(file, name=name)
-
-
-def _link(source: str, target: str) -> bool:
-    try:
-        seam.active.link(os.path.realpath(source), target)
-    except OSError as error:
-        if error.errno in _CANNOT_LINK:
-            return False
-        raise
-    flush_file(target)
-    return True
 
 
 def _reopen(file: WeightFile | None, target: str, *, stack: ExitStack) -> WeightFile | None:

@@ -4,7 +4,8 @@ Rules this module keeps:
 
 - An object is only ever made of a file that this store copied, which nobody else has a name for (S6). A file that was
   linked in from outside may still be written to by its owner, and would take every release that shares it along.
-- No object is read or written here. What it holds is verified where a release that has it is.
+- No object is read or written here. What it holds is verified where a release that has it is; one that is known to be
+  other than it was made is not shared any more, and a new one takes its place.
 - An object that no release has any more has one name left, and is garbage.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from hotglm import seam
 from hotglm.file_entry import FileEntry
@@ -33,26 +34,40 @@ def name_object(digest: str) -> str:
     return digest.replace(":", "-")
 
 
-def share_files(directory: str, files: Mapping[str, FileEntry], *, objects: str) -> None:
+def share_files(
+    directory: str, files: Mapping[str, FileEntry], *, objects: str, is_sound: Callable[[str, FileEntry], bool]
+) -> list[str]:
     """Let the files of a release that is being made share their content with those that are there.
 
     Nobody else may look at `directory` yet. A file that cannot be shared stays as it is.
 
+    Args:
+        directory: the release.
+        files: its files.
+        objects: the directory of what is shared.
+        is_sound: tells whether the object at a path, which has the right size, is one to share.
+
+    Returns:
+        The files that have become objects now.
+
     Raises:
         OSError: the system refused.
     """
+    made = []
     for name, entry in files.items():
         path = os.path.join(directory, *name.split("/"))
         shared = os.path.join(objects, name_object(entry.digest))
         status, there = seam.active.lstat(path), _find_status(shared)
-        if there is not None and there.st_size == entry.size:
+        if there is not None and there.st_size == entry.size and is_sound(shared, entry):
             # One file under both names is left alone: `rename` does nothing then, and would leave the spare name.
             if (there.st_dev, there.st_ino) != (status.st_dev, status.st_ino):
                 _replace(path, shared)
         elif status.st_nlink == 1:
             with contextlib.suppress(FileNotFoundError):
                 seam.active.unlink(shared)  # one that was cut; releases that have it keep it, and are refused
-            _link(path, shared)
+            if _link(path, shared):
+                made.append(name)
+    return made
 
 
 def _find_status(path: str) -> os.stat_result | None:

@@ -86,9 +86,15 @@ class Store(StoreReader):
             stated = read_stated(draft, name=name, version=version, details=details or ReleaseDetails())
             verify_stated(stated, sequence=1)
             with make_store_workspace(self) as workspace:
-                filled = fill_directory(draft, workspace, mode=STORED_MODE, is_linked=is_linked, progress=progress)
+                filled = fill_directory(
+                    draft, workspace, mode=STORED_MODE, is_linked=is_linked, cache=self.digests, progress=progress
+                )
                 return publish_workspace(
-                    self, workspace, filled.files, lambda sequence: stated.make_manifest(filled, sequence=sequence)
+                    self,
+                    workspace,
+                    filled.files,
+                    lambda sequence: stated.make_manifest(filled, sequence=sequence),
+                    learnt=filled.find_known(),
                 )
 
     # -- labels --------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def _create(store: Store) -> None:
     with writing(store.path):
         with contextlib.suppress(FileExistsError):
             seam.active.mkdir(store.path)
-        ours = {*_DIRECTORIES, STORE_MARKER, "lock"}
+        ours = {*_DIRECTORIES, STORE_MARKER, "digests", "lock"}
         foreign = [n for n in seam.active.listdir(store.path) if n not in ours and not n.startswith(".hotglm-")]
         if foreign:
             raise StoreError(

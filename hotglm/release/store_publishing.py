@@ -12,7 +12,8 @@ Rules this module keeps (the clauses are those of docs/release-format.md):
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from hotglm import seam
@@ -20,6 +21,7 @@ from hotglm.errors import Problem, ReleaseError, SourceReadError, StoreConflictE
 from hotglm.file_entry import FileEntry
 from hotglm.manifest import format_manifest
 from hotglm.manifest_fields import Manifest
+from hotglm.release.digest_cache import FileStamp, KnownFile
 from hotglm.release.directory import open_release
 from hotglm.release.objects import share_files
 from hotglm.release.placing import write_manifest
@@ -48,7 +50,12 @@ def make_store_workspace(store: StoreReader) -> Iterator[str]:
 
 
 def publish_workspace(
-    store: StoreReader, workspace: str, files: Mapping[str, FileEntry], make: Callable[[int], Manifest]
+    store: StoreReader,
+    workspace: str,
+    files: Mapping[str, FileEntry],
+    make: Callable[[int], Manifest],
+    *,
+    learnt: Iterable[KnownFile] = (),
 ) -> StoredRelease:
     """Let a filled workspace become the next release of a store, unless what it leads to is there already.
 
@@ -57,6 +64,7 @@ def publish_workspace(
         workspace: one of `make_store_workspace`, with all files in it, flushed, and no manifest.
         files: what is in it.
         make: returns the manifest for a sequence number.
+        learnt: what is known now of the sources that were hashed; it is remembered.
 
     Returns:
         The release that is there now: this one, or one of the same version and the same result.
@@ -68,6 +76,7 @@ def publish_workspace(
         ReleaseError: what it says breaks the format.
     """
     with store.locked(), writing(store.path):
+        _remember(store, learnt)
         releases = store.find_releases()
         manifest = make(_next_sequence(store, releases))
         _verify_name(store, manifest.name, releases)
@@ -77,12 +86,35 @@ def publish_workspace(
                 # Whoever published it may have been killed, or failed, before it was sure to last (S1).
                 flush_directory(store.join("releases"))
                 return one
-        share_files(workspace, files, objects=store.join("objects"))
+        shared = share_files(workspace, files, objects=store.join("objects"), is_sound=_find_judge(store))
+        _remember(store, _find_contents(workspace, shared, manifest))
         write_manifest(workspace, format_manifest(manifest), files, mode=STORED_MODE)
         path = store.join("releases", release_name(manifest.sequence, manifest.version))
         seam.active.rename(workspace, path)
         flush_directory(store.join("releases"))
         return StoredRelease(sequence=manifest.sequence, version=manifest.version, path=path)
+
+
+def _remember(store: StoreReader, files: Iterable[KnownFile]) -> None:
+    """Note what is known of files. That it cannot be noted costs time, later, and is no failure now."""
+    with contextlib.suppress(OSError):
+        for one in files:
+            store.digests.remember(one)
+
+
+def _find_contents(workspace: str, names: Iterable[str], manifest: Manifest) -> Iterator[KnownFile]:
+    """Yield what is known of files that have just become contents of the store: the store made them itself."""
+    for name in names:
+        status = seam.active.lstat(os.path.join(workspace, *name.split("/")))
+        digests = {tensor: one.digest for tensor, one in manifest.tensors.items() if one.file == name}
+        entry = manifest.files[name]
+        yield KnownFile(stamp=FileStamp.of(status), is_object=True, digest=entry.digest, tensors=digests)
+
+
+def _find_judge(store: StoreReader) -> Callable[[str, FileEntry], bool]:
+    """Return what tells whether a content is one to share: one large enough to be known is as the store made it."""
+    digests = store.digests
+    return lambda path, entry: entry.size < digests.least_nbytes or digests.is_object(path, entry.digest)
 
 
 def _next_sequence(store: StoreReader, releases: list[StoredRelease]) -> int:

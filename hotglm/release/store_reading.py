@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from hotglm.errors import ArgumentError, Problem, SourceError, StoreError, VersionSyntaxError, shorten_repr
+from hotglm.release.digest_cache import DigestCache
 from hotglm.release.directory import Release, open_release
 from hotglm.release.ledger import Label, ServiceState, read_record, verify_word
 from hotglm.release.locks import hold_exclusively
@@ -165,6 +166,11 @@ class StoreReader:
         except ArgumentError:
             return None
         return read_record(self.find_ledger("labels", name), Label)
+
+    @property
+    def digests(self) -> DigestCache:
+        """What the store knows of files that were hashed (S13)."""
+        return DigestCache(path=self.join("digests"), objects=self.join("objects"))
 
     def join(self, *parts: str) -> str:
         """Return a path inside of the store."""

@@ -25,7 +25,8 @@ from hotglm.release import environment
 from hotglm.release.store import Store
 from hotglm.release.store_opening import open_store
 from hotglm.testing.seams import hooked
-from support.kill_sweep import Killer, verify_store
+from support.kill_scenarios import look_everything_up, verify_store
+from support.kill_sweep import Killer
 from support.sources import write_source
 
 NUM_DRIVERS = 4
@@ -93,6 +94,8 @@ def kill_one(store: Store, sources: list[Path], *, seed: str, reports: int) -> N
     child = os.fork()
     if child == 0:
         try:
+            if chance.random() < 0.5:
+                look_everything_up()
             number = 10**9 if from_outside else chance.randint(1, MAX_CALLS)
             with hooked(Killer(number, "kill")):
                 Act(store, sources, seed=seed, reports=reports).run()
