@@ -433,6 +433,27 @@ from hotglm.version import (
 from hotglm.version import (
     VersionRange as VersionRange,
 )
+from hotglm.watching.policy import (
+    WatchPolicy as WatchPolicy,
+)
+from hotglm.watching.preconditions import (
+    FreeMemory as FreeMemory,
+)
+from hotglm.watching.preconditions import (
+    LoadBelow as LoadBelow,
+)
+from hotglm.watching.preconditions import (
+    TimeWindow as TimeWindow,
+)
+from hotglm.watching.status import (
+    WatchStatus as WatchStatus,
+)
+from hotglm.watching.watcher import (
+    Watcher as Watcher,
+)
+from hotglm.watching.watcher import (
+    watch as watch,
+)
 
 __version__: str
 __all__: list[str]  # noqa: PYI035 - a third copy of the names; those above are what is exported

@@ -21,10 +21,12 @@ __all__ = [
     "ClosedEvent",
     "CommittedEvent",
     "ConfirmedEvent",
+    "DelayedEvent",
     "DiscardedEvent",
     "DrainedEvent",
     "Event",
     "HeldEvent",
+    "QuarantinedEvent",
     "RefusedEvent",
     "RolledBackEvent",
     "StagedEvent",
@@ -111,6 +113,23 @@ class ConfirmedEvent(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantinedEvent(Event):
+    """A watcher refused a release for good: it is not tried again until its bytes change or somebody forgives it.
+
+    Attributes:
+        version: the version.
+        digest: of the release's manifest.
+        code: stable code of the error; `TRIAL_FAILED` for one that was live on trial.
+        reason: why, in words.
+    """
+
+    version: str
+    digest: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RefusedEvent(Event):
     """A version was not staged or not committed; the live one serves on.
 
@@ -123,6 +142,19 @@ class RefusedEvent(Event):
     version: str | None
     code: str
     message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DelayedEvent(Event):
+    """A watcher found a release that should be live, and a precondition delays it; told once for each release.
+
+    Attributes:
+        version: the version.
+        reasons: why it waits, in words.
+    """
+
+    version: str
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ _MAX_REASON = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunningTrial:
-    """A trial of this process. It ends by `confirm` or `fail`; or with the process, which refuses the release.
+    """A trial of this process. It ends by `confirm`, `fail` or `withdraw`; or with the process: then it is refused.
 
     As a context manager it is given up at the end of the body, unless it has ended before.
 
@@ -83,6 +83,23 @@ class RunningTrial:
         def settle(state: ServiceState) -> ServiceState:
             self._verify_running(state)
             return _refuse(replace(state, trials=self._others(state)), self.release, reason)
+
+        self._service.change(settle)
+        self._end()
+
+    def withdraw(self) -> None:
+        """End the trial without a judgement: nothing is confirmed, and the release may be tried again.
+
+        For a process that ends in good order, or goes on to a newer release before it knows.
+
+        Raises:
+            StoreConflictError: the trial has ended.
+            StoreBusyError, StoreWriteError, StoreError: the record cannot be changed; the trial goes on.
+        """
+
+        def settle(state: ServiceState) -> ServiceState:
+            self._verify_running(state)
+            return replace(state, trials=self._others(state))
 
         self._service.change(settle)
         self._end()

@@ -6,6 +6,8 @@ Rules this module keeps: looking costs the one who looks; no pass, commit or sta
 from __future__ import annotations
 
 import time
+import weakref
+from collections.abc import Callable
 
 from hotglm.errors import DrainTimeoutError
 from hotglm.model.compilations import count_compiled
@@ -13,11 +15,24 @@ from hotglm.slot.core import SlotCore
 from hotglm.slot.generation import Generation, Retired, State
 from hotglm.slot.holders import Holder, find_passes, find_references
 from hotglm.slot.spare import weights_nbytes
-from hotglm.slot.status import GenerationStatus, Status
+from hotglm.slot.status import GenerationStatus, Status, Watching
 
-__all__ = ["find_holders", "read_status", "wait_drained"]
+__all__ = ["attach_watcher", "find_holders", "read_status", "wait_drained"]
 
 _POLL_S = 0.001
+
+# Who looks after each slot, and tells about itself when asked. Tuples are replaced whole, so no lock is needed.
+_watchers: weakref.WeakKeyDictionary[SlotCore, tuple[Callable[[], Watching], ...]] = weakref.WeakKeyDictionary()
+
+
+def attach_watcher(core: SlotCore, describe: Callable[[], Watching]) -> Callable[[], None]:
+    """Let `slot.status()` show what looks after the slot; return the function that ends this."""
+    _watchers[core] = (*_watchers.get(core, ()), describe)
+
+    def detach() -> None:
+        _watchers[core] = tuple(one for one in _watchers.get(core, ()) if one is not describe)
+
+    return detach
 
 
 def read_status(core: SlotCore) -> Status:
@@ -41,6 +56,7 @@ def read_status(core: SlotCore) -> Status:
         last_refusal=core.refusals[-1] if core.refusals else "",
         closed=core.admission.is_closed,
         recompiles=count_compiled(live.generation.module),
+        watchers=tuple(describe() for describe in _watchers.get(core, ())),
     )
 
 

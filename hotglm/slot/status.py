@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from hotglm.slot.holders import Holder
 from hotglm.version import Version
 
-__all__ = ["GenerationStatus", "Status"]
+__all__ = ["GenerationStatus", "Status", "Watching"]
+
+
+class Watching(Protocol):
+    """What something that looks after a slot, such as a watcher, says of itself; its text is one line."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as data that `json.dumps` takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,7 @@ class Status:
         recompiles: how often passes of the live generation had torch compile something since it was staged; 0 where
             staging has warmed up all that passes need. Compiled modules only (docs/compiled.md).
         closed: whether the slot takes updates no longer.
+        watchers: what the watchers of this slot are doing.
     """
 
     name: str
@@ -64,10 +72,12 @@ class Status:
     last_refusal: str
     closed: bool
     recompiles: int = 0
+    watchers: tuple[Watching, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as data that `json.dumps` takes."""
-        plain = dataclasses.asdict(self)
+        plain = dataclasses.asdict(dataclasses.replace(self, watchers=()))
+        plain["watchers"] = [watcher.to_dict() for watcher in self.watchers]
         plain["version"] = str(self.version)
         plain["staged"] = None if self.staged is None else str(self.staged)
         for generation in plain["generations"]:
@@ -88,4 +98,5 @@ class Status:
         lines += (
             [f"  refused {self.num_refused}, the last: {self.last_refusal.splitlines()[0]}"] if self.num_refused else []
         )
+        lines += [f"  {watcher}" for watcher in self.watchers]
         return "\n".join(lines)
