@@ -26,7 +26,7 @@ from hotglm.migration.initialisers import Constant, Normal, Ones, Zeros
 from hotglm.migration.plan import StatePlan
 from hotglm.release.files import open_weights
 from hotglm.testing.seams import hooked
-from hotglm.weights import migration, operands, proof, scratch
+from hotglm.weights import bundles, migration, proof, scratch
 from hotglm.weights.dtypes import LOADABLE_DTYPES, TORCH_DTYPES, dtype_name
 from hotglm.weights.migration import load_migrated
 from hotglm.weights.plan import plan_reads
@@ -184,7 +184,7 @@ def test_every_kind_of_expression_arrives_as_plain_torch_makes_it(
     if chunk is not None:
         planned = functools.partial(plan_reads, chunk_nbytes=chunk, max_pieces=3)
         monkeypatch.setattr(migration, "plan_reads", planned)
-        monkeypatch.setattr(operands, "CHUNK_NBYTES", chunk)
+        monkeypatch.setattr(bundles, "CHUNK_NBYTES", chunk)
         monkeypatch.setattr(proof, "_SMALL_NBYTES", 0)
     tensors, outputs, expected = _make_case()
     plan = _plan(tensors, outputs)

@@ -16,7 +16,7 @@ from torch import nn
 
 import hotglm
 from hotglm.release.files import open_weights
-from hotglm.slot import staging
+from hotglm.slot import loading, staging
 from hotglm.testing.seams import hooked
 from hotglm.weights import loader, workers
 from hotglm.weights.finite import find_nonfinite
@@ -100,7 +100,7 @@ def test_a_stage_leaves_one_core_to_the_service(
         return loaded(*args, **kwargs)
 
     loaded = load_tensors
-    monkeypatch.setattr(staging, "load_tensors", record)
+    monkeypatch.setattr(loading, "load_tensors", record)
     monkeypatch.setattr(staging, "count_cores", lambda: num_cores)
     slot = hotglm.ModuleSlot(nn.Linear(2, 2))
     weights = {"weight": torch.eye(2), "bias": torch.zeros(2)}

@@ -31,9 +31,9 @@ from hotglm.model.whole_file import open_whole, verify_path, write_at
 from hotglm.release.files import CONFIG_KEY, WeightFiles, open_weights
 from hotglm.release.migration import VERSION_KEY, FileMigration, plan_file_migration
 from hotglm.version import Version
+from hotglm.weights.bundles import make_turn
 from hotglm.weights.digest import format_digest, tensor_bytes, view_buffer
 from hotglm.weights.evaluation import Evaluation, count_room, has_call
-from hotglm.weights.loader import make_turn
 from hotglm.weights.operands import Operands
 from hotglm.weights.proof import Loaded, LoadOptions
 from hotglm.weights.scratch import Scratch, align

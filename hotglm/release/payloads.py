@@ -14,12 +14,21 @@ from hotglm.delta_fields import WHOLE, DeltaFields
 from hotglm.delta_payload import report_payload_faults, report_result_faults
 from hotglm.document import Report
 from hotglm.errors import DeltaError, shorten_repr
-from hotglm.header import Limits
+from hotglm.header import PREFIX_NBYTES, Limits, parse_header
 from hotglm.manifest_fields import Manifest
 from hotglm.release.files import WeightFile, WeightFiles, open_weights
+from hotglm.release.index import index_report
+from hotglm.release.metadata import merge_metadata
 from hotglm.release.reading import read_exactly
 
-__all__ = ["find_promises", "open_payload", "read_result_header", "report_delta", "verify_results"]
+__all__ = [
+    "find_promises",
+    "open_payload",
+    "read_result_header",
+    "read_result_metadata",
+    "report_delta",
+    "verify_results",
+]
 
 
 def open_payload(path: str, manifest: Manifest, *, limits: Limits) -> WeightFiles:
@@ -60,6 +69,29 @@ def read_result_header(file: WeightFile, manifest: Manifest, delta: DeltaFields,
     text = read_exactly(file.fd, nbytes=entry.nbytes, offset=file.header.data_start + entry.start, path=file.path)
     report_result_faults(manifest, delta, path, text, report=report)
     return text
+
+
+def read_result_metadata(files: WeightFiles, manifest: Manifest) -> dict[str, str]:
+    """Return the metadata of the files that a delta leads to, together, as its open payload holds their headers.
+
+    Raises:
+        DeltaError: the headers are not those of the files that the manifest promises (X4).
+        ShardIndexError: the files disagree.
+        SourceReadError: they cannot be read. SourceChangedError: the payload changed meanwhile.
+    """
+    file, delta, report = files.files[0], manifest.delta, report_delta(files.path)
+    if delta is None:
+        return {}
+    texts = {path: read_result_header(file, manifest, delta, path, report=report) for path in delta.files}
+    report.raise_if_any()
+    headers = [
+        (path, parse_header(text[PREFIX_NBYTES:], file_size=delta.files[path].size, file=path))
+        for path, text in texts.items()
+    ]
+    shards = index_report(files.path)
+    merged = merge_metadata(((path, header.metadata) for path, header in headers), report=shards)
+    shards.raise_if_any()
+    return merged
 
 
 def find_promises(manifest: Manifest) -> Mapping[str, tuple[str, str]]:

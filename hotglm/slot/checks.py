@@ -82,6 +82,8 @@ class StagePolicy:
         warm_up: inputs to run once in the spare.
         goldens: outputs to compare; their layout is what the version promises, and is compared by the verdict.
         checks: callables that get the staged module and return None or True when it is good.
+        reuse: copy what the live version has by the digests that a source promises, held against a fingerprint of it,
+            and read the rest; without, every byte of a full source is read and hashed.
         convert_dtypes: convert floating-point tensors to the module's dtype instead of refusing them.
         num_threads: threads that read and hash; None means all cores of the process but one, at least 1, at most 4.
         nice: how much the threads that read, copy and hash lower their priority, 0 to 19; 0 leaves it alone.
@@ -93,6 +95,7 @@ class StagePolicy:
     warm_up: tuple[Inputs, ...] = ()
     goldens: tuple[Golden, ...] = ()
     checks: tuple[Callable[[nn.Module], object], ...] = ()
+    reuse: bool = True
     convert_dtypes: bool = False
     num_threads: int | None = None
     nice: int = 10

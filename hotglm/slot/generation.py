@@ -2,7 +2,7 @@
 
 Rules this module keeps:
 
-- A generation is never changed once it is made; what changes is who refers to it.
+- A generation is never changed once it is made; what changes is who refers to it, and what is known of its bytes.
 - Its number only grows, and belongs in the key of every cache of results (`(generation.number, key)`): a cache filled
   under one version answers wrongly under the next.
 """
@@ -25,6 +25,7 @@ from hotglm.version import Version
 
 if TYPE_CHECKING:
     from hotglm.weights.arena import Arena
+    from hotglm.weights.seals import Seal
 
 __all__ = ["TRANSITIONS", "Generation", "Retired", "State"]
 
@@ -75,6 +76,7 @@ class Generation:
         code_version: version of its code, whose layout its tensors have; another than `version` where older or newer
             weights were brought to it. A file of its tensors is to be given this one.
         is_migrated: whether its tensors were brought to its code by a migration.
+        seals: what stages have found out about its bytes, by name of a tensor; for the stage that has the slot's turn.
     """
 
     __slots__ = (
@@ -90,6 +92,7 @@ class Generation:
         "module",
         "name",
         "number",
+        "seals",
         "version",
     )
 
@@ -108,6 +111,7 @@ class Generation:
         marks: Marks | None = None,
         code_version: Version | None = None,
         is_migrated: bool = False,
+        seals: Mapping[str, Seal] | None = None,
     ) -> None:
         """Put the parts together; made by slots only."""
         self.is_migrated = is_migrated
@@ -121,6 +125,7 @@ class Generation:
         self.digest = digest
         self._arena = arena
         self._lease = lease
+        self.seals = dict(seals or {})
         self.marks = marks if marks is not None else mark_loose_tensors(module)
 
     @property

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hotglm.problem import shorten_repr
 from hotglm.slot.memory import MemoryPlan
 from hotglm.verdict import Verdict
 from hotglm.version import Version
 
-__all__ = ["Receipt", "StageTiming"]
+__all__ = ["Origins", "Receipt", "StageTiming"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,33 @@ class StageTiming:
     part: str
     duration_s: float
     nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origins:
+    """Where the bytes of a version came from; none of it counts what a mapping or module brought.
+
+    Attributes:
+        read_nbytes: read from files: tensors, and payloads of deltas.
+        copied_nbytes: copied from the generation that was live.
+        decoded_nbytes: size of the tensors that deltas were applied to.
+        drifted: live tensors that were no longer what their digests said, and were taken from files instead.
+    """
+
+    read_nbytes: int = 0
+    copied_nbytes: int = 0
+    decoded_nbytes: int = 0
+    drifted: tuple[str, ...] = ()
+
+    def explain(self) -> str:
+        """Return them as one line; empty where nothing was reused or decoded."""
+        if not (self.copied_nbytes or self.decoded_nbytes or self.drifted):
+            return ""
+        parts = [f"{self.read_nbytes} bytes read", f"{self.copied_nbytes} copied from the live version"]
+        parts += [f"{self.decoded_nbytes} made by deltas"] if self.decoded_nbytes else []
+        names = ", ".join(map(shorten_repr, self.drifted[:10]))
+        parts += [f"written since it was loaded, and so read again: {names}"] if names else []
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +76,7 @@ class Receipt:
         carried: derived state that kept its value, by name.
         refreshed: refresh methods that ran.
         converted: tensors whose dtype was converted.
+        origins: where the bytes came from.
         migration: what was done to bring the weights to the code's layout, in words; empty where nothing was.
         recompiles: pieces of code that torch compiled while it was staged; 0 where what had been compiled for the live
             version serves this one, too. What passes had compiled since is in `slot.status().recompiles`.
@@ -73,6 +102,7 @@ class Receipt:
     carried: tuple[str, ...] = ()
     refreshed: tuple[str, ...] = ()
     converted: tuple[str, ...] = ()
+    origins: Origins = field(default_factory=Origins)
     migration: tuple[str, ...] = ()
     recompiles: int = 0
     recaptures: int = 0
@@ -97,6 +127,7 @@ class Receipt:
             "old_version": str(self.old_version),
             "new_version": None if self.new_version is None else str(self.new_version),
             "digests": dict(self.digests),
+            "origins": dataclasses.asdict(self.origins),
             "timings": [dataclasses.asdict(timing) for timing in self.timings],
             "verdict": None if self.verdict is None else self.verdict.explain(),
             "plan": None if self.plan is None else self.plan.explain(),
@@ -111,6 +142,7 @@ class Receipt:
         if self.timings:
             parts = ", ".join(f"{timing.part} {timing.duration_s * 1e3:.1f} ms" for timing in self.timings)
             lines.append(f"  staged from {self.source} in {self.stage_s * 1e3:.1f} ms: {parts}")
+        lines += [f"  weights: {origins}"] if (origins := self.origins.explain()) else []
         lines += [f"  migrated: {line}" for line in self.migration]
         lines += [f"  digest {self.digest}"] if self.digest else []
         lines += [f"  proved: {', '.join(self.checks)}"] if self.checks else []

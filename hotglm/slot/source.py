@@ -30,6 +30,7 @@ from hotglm.model.module_versions import MAX_MODULES, find_module_versions
 from hotglm.model.registry import Definition, find_definition, read_config
 from hotglm.release.directory import Release, is_release, open_release
 from hotglm.release.files import WeightFiles, open_weights
+from hotglm.release.payloads import read_result_metadata
 from hotglm.version import Version
 from hotglm.weights.dtypes import LOADABLE_DTYPES, TORCH_DTYPES, dtype_name
 
@@ -67,8 +68,8 @@ class Offer:
         digests: digests its tensors must have.
         module_versions: versions of torch's modules that their state was saved under, where that is told.
         migration: what stands between its tensors and `contract`, if anything does.
-        files: open files, for a file source.
-        release: the open release that they are part of, if they are.
+        files: open files, for a file source; none for a delta, whose tensors have to be made first.
+        release: the open release that it is, if it is one.
         tensors: tensors, for a mapping or module.
         module: the module, for a module source: its structure is what holds the weights.
         recipe: how that was compiled as a whole, if it was what `torch.compile` returns.
@@ -138,23 +139,29 @@ def _offer_release(path: str) -> Offer:
     """Open a release: what its manifest says counts, and every byte that is used is held against its digests."""
     with ExitStack() as stack:
         release = stack.enter_context(open_release(path))
-        files = stack.enter_context(release.open_weights())
         manifest = release.manifest
+        files = stack.enter_context(release.open_weights()) if manifest.delta is None else None
+        metadata = _read_result_metadata(release) if files is None else files.metadata
         offer = Offer(
             label=ascii(path),
             contract=Contract.of_tensors({name: (one.dtype, one.shape) for name, one in manifest.tensors.items()}),
-            nbytes=files.total_nbytes,
+            nbytes=sum(one.nbytes for one in manifest.tensors.values()),
             name=manifest.name,
             version=manifest.version,
             config=release.read_config(),
             requires=manifest.requires,
             digests=MappingProxyType({name: one.digest for name, one in manifest.tensors.items()}),
-            module_versions=_read_module_versions(files),
+            module_versions=_read_module_versions(metadata, path),
             files=files,
             release=release,
         )
         stack.pop_all()
     return offer
+
+
+def _read_result_metadata(release: Release) -> Mapping[str, str]:
+    with release.open_payload() as payload:
+        return read_result_metadata(payload, release.manifest)
 
 
 def _offer_files(source: str | os.PathLike[str]) -> Offer:
@@ -173,7 +180,7 @@ def _offer_files(source: str | os.PathLike[str]) -> Offer:
             config=files.config,
             requires=tuple(_read_list(files, "hotglm.requires")),
             digests=_read_digests(files),
-            module_versions=_read_module_versions(files),
+            module_versions=_read_module_versions(files.metadata, files.path),
             files=files,
         )
     except BaseException:
@@ -186,46 +193,46 @@ def _read_version(files: WeightFiles) -> Version | None:
     try:
         return None if text is None else Version(text)
     except VersionSyntaxError as error:
-        raise _bad_metadata(files, "hotglm.version", f"a version, got {shorten_repr(text)},") from error
+        raise _bad_metadata(files.path, "hotglm.version", f"a version, got {shorten_repr(text)},") from error
 
 
 def _read_list(files: WeightFiles, key: str) -> list[str]:
-    value = _read_json(files, key, [])
+    value = _read_json(files.metadata, files.path, key, [])
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def _read_digests(files: WeightFiles) -> Mapping[str, str]:
-    value = _read_json(files, "hotglm.digests", {})
+    value = _read_json(files.metadata, files.path, "hotglm.digests", {})
     known = isinstance(value, dict) and all(
         name in files.tensors and isinstance(digest, str) for name, digest in value.items()
     )
     if not known:
-        raise _bad_metadata(files, "hotglm.digests", "a JSON object from names of tensors in the file to digests")
+        raise _bad_metadata(files.path, "hotglm.digests", "a JSON object from names of tensors in the file to digests")
     return MappingProxyType(value)
 
 
-def _read_module_versions(files: WeightFiles) -> Mapping[str, int] | None:
-    value = _read_json(files, MODULE_VERSIONS_KEY, None)
+def _read_module_versions(metadata: Mapping[str, str], path: str) -> Mapping[str, int] | None:
+    value = _read_json(metadata, path, MODULE_VERSIONS_KEY, None)
     if value is None:
         return None
     known = isinstance(value, dict) and len(value) <= MAX_MODULES and all(type(v) is int for v in value.values())
     if not known:
-        raise _bad_metadata(files, MODULE_VERSIONS_KEY, f"a JSON object of at most {MAX_MODULES} paths to numbers")
+        raise _bad_metadata(path, MODULE_VERSIONS_KEY, f"a JSON object of at most {MAX_MODULES} paths to numbers")
     return MappingProxyType(value)
 
 
-def _read_json(files: WeightFiles, key: str, default: object) -> Any:
-    text = files.metadata.get(key)
+def _read_json(metadata: Mapping[str, str], path: str, key: str, default: object) -> Any:
+    text = metadata.get(key)
     if text is None:
         return default
-    headline = f"Expected JSON in metadata {key!r} of {files.path!a}."
+    headline = f"Expected JSON in metadata {key!r} of {path!a}."
     remedy = "write the file with hotglm.save_weights."
-    report = Report(TensorValueError, headline=headline, remedy=remedy, prefix="METADATA", file=files.path)
+    report = Report(TensorValueError, headline=headline, remedy=remedy, prefix="METADATA", file=path)
     return parse_json(text.encode(), report=report)
 
 
-def _bad_metadata(files: WeightFiles, key: str, expected: str) -> TensorValueError:
-    problem = Problem(code="BAD_METADATA", message=f"Expected {expected} in metadata {key!r}", file=files.path)
+def _bad_metadata(path: str, key: str, expected: str) -> TensorValueError:
+    problem = Problem(code="BAD_METADATA", message=f"Expected {expected} in metadata {key!r}", file=path)
     return TensorValueError(
         "Expected usable metadata.", problems=[problem], remedy="write the file with hotglm.save_weights."
     )

@@ -22,14 +22,14 @@ from hotglm import seam
 from hotglm.errors import DiscardedError, SlotStateError, SupersededError
 from hotglm.slot.generation import Generation, State
 from hotglm.slot.memory import MemoryPlan
-from hotglm.slot.receipt import StageTiming
+from hotglm.slot.receipt import Origins, StageTiming
 from hotglm.verdict import Verdict
 from hotglm.version import Version
 
 __all__ = ["RECEIPT_PARTS", "StageRecord", "Staged"]
 
 RECEIPT_PARTS = (
-    *("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted", "migration"),
+    *("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted", "origins", "migration"),
     *("recompiles", "recaptures"),
 )
 """What a receipt takes over from the stage as it is."""
@@ -52,6 +52,7 @@ class Staged:
         digests: digest of each tensor, by name.
         timings: how long each part took.
         checks: what was proved, in words.
+        origins: where its bytes came from.
         migration: what was done to bring the weights to the code's layout, in words; empty where nothing was.
         recompiles: pieces of code that torch compiled while it was staged.
         recaptures: device graphs that torch recorded while it was staged.
@@ -97,6 +98,7 @@ class Staged:
         self.carried = record.carried
         self.refreshed = record.refreshed
         self.converted = tuple(record.converted)
+        self.origins = record.origins
         self.migration = record.migration
         self.recompiles, self.recaptures = record.recompiles, record.recaptures
 
@@ -201,6 +203,7 @@ class StageRecord:
     carried: tuple[str, ...] = ()
     refreshed: tuple[str, ...] = ()
     converted: list[str] = field(default_factory=list)
+    origins: Origins = field(default_factory=Origins)
     migration: tuple[str, ...] = ()
     recompiles: int = 0
     recaptures: int = 0

@@ -13,8 +13,8 @@ Rules this module keeps:
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,10 +40,10 @@ from hotglm.model.twin import Twin, copy_module, settle_in_place, verify_copyabl
 from hotglm.problem import describe_exception
 from hotglm.progress import Progress
 from hotglm.release.environment import read_environment
-from hotglm.release.files import WeightFiles
 from hotglm.slot.checks import COMPILES_LATER, StagePolicy, promise_outputs, run_checks
 from hotglm.slot.code import Code, Question, choose_code
 from hotglm.slot.generation import Generation
+from hotglm.slot.loading import Loading
 from hotglm.slot.migrating import describe_gap, hides_values
 from hotglm.slot.source import Offer, Source, open_source
 from hotglm.slot.spare import Spares, TakenSpare
@@ -53,11 +53,8 @@ from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
 from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.digest import combine_digests, digest_tensor
-from hotglm.weights.layout import Layout
-from hotglm.weights.loader import load_files, load_tensors
-from hotglm.weights.migration import load_migrated
 from hotglm.weights.plan import CHUNK_NBYTES
-from hotglm.weights.proof import Loaded, LoadOptions, Target
+from hotglm.weights.proof import Loaded, Target
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks
 
 __all__ = ["StageRequest", "stage_version"]
@@ -96,12 +93,11 @@ def stage_version(request: StageRequest, spares: Spares, record: StageRecord) ->
     Raises:
         HotglmError: it cannot be staged; the live generation is as it was.
     """
-    with record.timed("open"):
-        offer = open_source(request.source)
-    try:
-        return _Stage(request, spares, record, offer).run()
-    finally:
-        offer.close()
+    with ExitStack() as stack:
+        with record.timed("open"):
+            offer = open_source(request.source)
+            stack.callback(offer.close)
+        return _Stage(request, spares, record, offer).run(stack)
 
 
 class _Stage:
@@ -116,7 +112,8 @@ class _Stage:
         self._declared = request.version or offer.version
         record.version = self._declared
 
-    def run(self) -> Staged:
+    def run(self, stack: ExitStack) -> Staged:
+        """Return the proved stage; `stack` closes what it opens."""
         record, cancellation = self._record, self._request.cancellation
         with record.timed("decide"):
             code = self._decide()
@@ -125,6 +122,7 @@ class _Stage:
             entries = list(find_state(code.module))
             layout = lay_out(entries)
             record.plan = self._spares.plan(layout.nbytes)
+            loading = self._plan_loading(code.contract, stack)
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up
                 verify_copyable(code.module, layout=layout, constants=self._constants(), marks=code.marks)
         with record.timed("memory"):
@@ -139,7 +137,7 @@ class _Stage:
             record.carried = twin.carried
             self._adopt(twin.module)
             self._carry_over(entries, twin)
-        loaded = self._load(twin, layout, taken.lease, entries)
+        loaded = self._load(loading, find_targets(twin, layout, entries), taken.lease)
         generation = self._prove(twin, code, taken, loaded)
         cancellation.raise_if_cancelled()
         request = self._request
@@ -232,31 +230,25 @@ class _Stage:
         covers_all = self._offer.module is not None or self._request.refresh is not None
         return ("*",) if covers_all else self._request.constants
 
-    def _load(self, twin: Twin, layout: Layout, lease: Lease, entries: list[StateEntry]) -> Loaded:
-        targets = find_targets(twin, layout, entries)
-        done, total = 0, self._offer.nbytes
-        lock = threading.Lock()
-
-        def report(nbytes: int) -> None:
-            nonlocal done
-            with lock:
-                done += nbytes
-            self._request.report(Progress(part="load", done_nbytes=done, total_nbytes=total))
-
-        policy = self._request.policy
-        options = LoadOptions(
-            digest=policy.digest,
-            finite=policy.finite,
-            expected={**self._offer.digests, **self._request.digests},
-            num_threads=self._num_threads(),
-            nice=policy.nice,
-            cancellation=self._request.cancellation,
-            report=report,
-        )
-        with self._record.timed("load", nbytes=total):
-            loaded = _load_offer(self._offer, targets, lease=lease, options=options)
+    def _load(self, loading: Loading, targets: Mapping[str, Target], lease: Lease) -> Loaded:
+        with self._record.timed("load", nbytes=self._offer.nbytes):
+            loaded, self._record.origins = loading.run(targets, lease=lease, report=self._request.report)
         self._record.converted = loaded.converted
         return loaded
+
+    def _plan_loading(self, code: Contract, stack: ExitStack) -> Loading:
+        """Find out where every tensor will come from, before memory is given up for it."""
+        request = self._request
+        loading = Loading(
+            self._offer,
+            request.live,
+            digests=request.digests,
+            policy=request.policy,
+            num_threads=self._num_threads(),
+            cancellation=request.cancellation,
+        )
+        loading.plan(code, stack)
+        return loading
 
     def _num_threads(self) -> int:
         # One core is left to the service: a thread that shares it gets little done there and lengthens every pass (two
@@ -306,6 +298,7 @@ class _Stage:
             marks=marks,
             code_version=code.version,
             is_migrated=code.offer.migration is not None,
+            seals={name: seal for name, seal in loaded.seals.items() if seal.digest == loaded.digests.get(name)},
         )
 
     def _refresh(self, twin: Twin, loaded: Loaded) -> None:
@@ -362,15 +355,6 @@ class _Stage:
         # Weights that fit as they are where others had to be migrated are not of the version that those were of.
         base = code.version if live.is_migrated else live.version
         return (code.stamped or base).with_local(label)
-
-
-def _load_offer(offer: Offer, targets: Mapping[str, Target], *, lease: Lease, options: LoadOptions) -> Loaded:
-    source = offer.files if offer.files is not None else offer.tensors or {}
-    if offer.migration is not None:
-        return load_migrated(source, offer.migration.plan, targets, lease=lease, options=options)
-    if isinstance(source, WeightFiles):
-        return load_files(source, targets, lease=lease, options=options)
-    return load_tensors(source, targets, options=options)
 
 
 def _takes_config(code: Code) -> bool:

@@ -39,10 +39,10 @@ from hotglm.migration.expression import find_sources
 from hotglm.migration.plan import StatePlan, Unit
 from hotglm.release.files import WeightFiles
 from hotglm.weights.arena import Lease
+from hotglm.weights.bundles import count_nbytes, make_turn, read_bundle
 from hotglm.weights.digest import format_digest
 from hotglm.weights.dtypes import dtype_name
 from hotglm.weights.evaluation import Evaluation, count_room, has_call
-from hotglm.weights.loader import count_nbytes, make_turn, read_bundle
 from hotglm.weights.lowering import ByteRun, find_byte_runs
 from hotglm.weights.operands import Operands, describe_mismatch
 from hotglm.weights.plan import CHUNK_NBYTES, Read, Transfer, plan_reads
@@ -57,12 +57,13 @@ from hotglm.weights.proof import (
     run_load,
 )
 from hotglm.weights.scratch import Scratch
+from hotglm.weights.supply import Supply
 
 __all__ = ["load_migrated"]
 
 
 def load_migrated(
-    source: WeightFiles | Mapping[str, torch.Tensor],
+    source: WeightFiles | Supply | Mapping[str, torch.Tensor],
     plan: StatePlan,
     targets: Mapping[str, Target],
     *,
@@ -72,7 +73,8 @@ def load_migrated(
     """Bring the tensors of `source` into the layout of `targets`, by way of `plan`.
 
     Args:
-        source: open files, or tensors by name, on which `plan` was made; neither is written or closed.
+        source: open files, what a delta is made of, or tensors by name, on which `plan` was made; not written or
+            closed.
         plan: every output is one of `targets`, of its shape.
         targets: where each name goes.
         lease: the memory that the targets are views of.
@@ -82,6 +84,7 @@ def load_migrated(
         MigrationStepError: a free function failed; it, its step and its tensors are named.
         SourceReadError, SourceChangedError: the source cannot be read, or changed while it was.
         DigestMismatchError, TensorValueError, NonFiniteError: bytes are not acceptable; all are named.
+        DeltaError, MissingExtraError: a delta cannot be applied.
         MemoryPlanError: there is no memory for the operands.
     """
     job = _Job(source, plan, targets, lease=lease, options=options)
@@ -89,7 +92,7 @@ def load_migrated(
     job.report_unread()
     run_load(job.plan_firsts(), options, nbytes=nbytes)
     run_load(job.plan_seconds(), options, nbytes=nbytes)
-    if isinstance(source, WeightFiles):
+    if isinstance(source, (WeightFiles, Supply)):
         source.verify_unchanged()
     job.loaded.raise_if_any(job.operands.label)
     return job.loaded
@@ -100,7 +103,7 @@ class _Job:
 
     def __init__(
         self,
-        source: WeightFiles | Mapping[str, torch.Tensor],
+        source: WeightFiles | Supply | Mapping[str, torch.Tensor],
         plan: StatePlan,
         targets: Mapping[str, Target],
         *,
@@ -230,7 +233,8 @@ class _Job:
                 offset += run.nbytes
 
     def _read_bundle(self, files: WeightFiles, reads: tuple[Read, ...]) -> None:
-        for name, digest in read_bundle(reads, files, lease=self._lease, turn=self._turn, options=self._options):
+        self.loaded.add(read_nbytes=count_nbytes(reads))
+        for name, digest in read_bundle(reads, files.files, lease=self._lease, turn=self._turn, options=self._options):
             with self._lock:
                 self._num_open[name] -= 1
                 if self._num_open[name]:
@@ -320,4 +324,4 @@ class _Job:
     def _prove(self, name: str, digest: str | None, *, is_first: bool = True) -> None:
         target = self._targets[name]
         prove_tensor(name, target, digest=digest, loaded=self.loaded, options=self._of_results)
-        self.loaded.add_nbytes(target.view.numel() * target.view.element_size() if is_first else 0)
+        self.loaded.add(nbytes=target.view.numel() * target.view.element_size() if is_first else 0)

@@ -15,14 +15,13 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from hotglm.errors import DigestMismatchError, Problem, TensorValueError
-from hotglm.release.files import TensorLocation, WeightFiles
-from hotglm.release.reading import read_scattered
-from hotglm.weights.digest import digest_tensor, tensor_bytes, view_buffer
-from hotglm.weights.dtypes import TORCH_DTYPES
-from hotglm.weights.loader import ReadingTurn
-from hotglm.weights.plan import CHUNK_NBYTES
+from hotglm.release.files import WeightFiles
+from hotglm.weights.bundles import ReadingTurn, read_into
+from hotglm.weights.delta_codec import decode_into
+from hotglm.weights.digest import digest_tensor
 from hotglm.weights.proof import Loaded, LoadOptions, describe_bad_bool, is_bad_bool
 from hotglm.weights.scratch import Workspace, align
+from hotglm.weights.supply import SourceTensor, Supply
 
 __all__ = ["Operands", "describe_mismatch"]
 
@@ -32,7 +31,7 @@ class Operands:
 
     def __init__(
         self,
-        source: WeightFiles | Mapping[str, torch.Tensor],
+        source: WeightFiles | Supply | Mapping[str, torch.Tensor],
         *,
         options: LoadOptions,
         loaded: Loaded,
@@ -41,13 +40,14 @@ class Operands:
         """Take the source, which stays open and is not written meanwhile.
 
         Args:
-            source: files, or tensors by name.
+            source: files, what a delta is made of, or tensors by name.
             options: `expected` are the digests that the source promises.
             loaded: takes what is wrong.
             turn: held while a file is read.
         """
-        self._files = source if isinstance(source, WeightFiles) else None
-        self._tensors = {} if isinstance(source, WeightFiles) else source
+        supply = Supply.of(source) if isinstance(source, WeightFiles) else source
+        self._supply = supply if isinstance(supply, Supply) else None
+        self._tensors = {} if isinstance(supply, Supply) else supply
         self._options = options
         self._loaded = loaded
         self._turn = turn
@@ -57,18 +57,18 @@ class Operands:
     @property
     def label(self) -> str:
         """What to call the source in texts."""
-        return "the mapping" if self._files is None else f"{self._files.path!r}"
+        return "the mapping" if self._supply is None else self._supply.label
 
     def nbytes_of(self, name: str) -> int:
         """Return the bytes of one source tensor."""
-        if self._files is not None:
-            return self._files.tensors[name].nbytes
+        if self._supply is not None:
+            return self._supply.tensors[name].nbytes
         tensor = self._tensors[name]
         return tensor.numel() * tensor.element_size()
 
     def count_room(self, names: Iterable[str], *, owned: bool) -> int:
         """Return how much of a workspace `read` will take."""
-        is_copied = owned or self._files is not None
+        is_copied = owned or self._supply is not None
         return sum(align(self.nbytes_of(name)) for name in names) if is_copied else 0
 
     def read(self, names: Iterable[str], *, owned: bool, work: Workspace) -> dict[str, torch.Tensor]:
@@ -81,27 +81,27 @@ class Operands:
 
         Raises:
             SourceReadError, SourceChangedError: the bytes cannot be had.
+            DeltaError, MissingExtraError: a delta cannot be applied.
         """
         found: dict[str, torch.Tensor] = {}
         for name in names:
             self._options.cancellation.raise_if_cancelled()
-            if self._files is not None:
-                found[name] = self._read_one(self._files.tensors[name], work)
+            if self._supply is not None:
+                found[name] = self._read_one(name, self._supply.tensors[name], work)
             else:
                 found[name] = self._take_one(self._tensors[name], work if owned else None)
             self._verify(name, found[name])
         return found
 
-    def _read_one(self, location: TensorLocation, work: Workspace) -> torch.Tensor:
-        tensor = work.take(TORCH_DTYPES[location.entry.torch_dtype], location.entry.shape)
-        if not location.nbytes:
-            return tensor
-        file, data = location.file, view_buffer(tensor_bytes(tensor))
-        for start in range(0, location.nbytes, CHUNK_NBYTES):
-            self._options.cancellation.raise_if_cancelled()
-            view = data[start : start + CHUNK_NBYTES]
-            with self._turn:
-                read_scattered(file.fd, [view], location.offset + start, path=file.path, size=file.size)
+    def _read_one(self, name: str, source: SourceTensor, work: Workspace) -> torch.Tensor:
+        tensor = work.take(source.dtype, source.shape)
+        read_into(tensor, source.located, turn=self._turn, options=self._options)
+        nbytes = source.nbytes
+        for step in source.steps:
+            pause = self._options.cancellation.raise_if_cancelled
+            decode_into(tensor, codec=step.codec, parts=step.parts, name=name, pause=pause)
+            nbytes += sum(part.nbytes for part in step.parts)
+        self._loaded.add(read_nbytes=nbytes, decoded_nbytes=source.nbytes if source.steps else 0)
         return tensor
 
     def _take_one(self, tensor: torch.Tensor, work: Workspace | None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hotglm.errors import (
+    DeltaError,
     DigestMismatchError,
     NonFiniteError,
     Problem,
@@ -24,6 +25,7 @@ from hotglm.errors import (
 )
 from hotglm.weights.digest import digest_tensor, tensor_bytes
 from hotglm.weights.finite import find_nonfinite
+from hotglm.weights.seals import Seal
 from hotglm.weights.workers import Cancellation, run_tasks
 
 __all__ = [
@@ -32,11 +34,13 @@ __all__ = [
     "Target",
     "describe_bad_bool",
     "describe_conflict",
+    "describe_drift",
     "equals_view",
     "find_first_names",
     "is_bad_bool",
     "prove_tensor",
     "run_load",
+    "settle_tensor",
 ]
 
 _SMALL_NBYTES = 1 << 20
@@ -90,22 +94,42 @@ class LoadOptions:
 
 @dataclass(slots=True, kw_only=True)
 class Loaded:
-    """What was loaded: digests by name, bytes, and the names whose dtype was converted."""
+    """What was loaded, and from where.
+
+    Attributes:
+        digests: by name.
+        seals: what else is known of the bytes that can be copied the next time, by name.
+        nbytes: of tensors that were filled.
+        read_nbytes: read from files.
+        copied_nbytes: copied from what was in memory already.
+        decoded_nbytes: of tensors that deltas were applied to.
+        converted: names whose dtype was converted.
+        drifted: names of tensors in memory that were no longer what their digests said.
+        problems: what is wrong, and of which kind it is.
+    """
 
     digests: dict[str, str] = field(default_factory=dict)
+    seals: dict[str, Seal] = field(default_factory=dict)
     nbytes: int = 0
+    read_nbytes: int = 0
+    copied_nbytes: int = 0
+    decoded_nbytes: int = 0
     converted: list[str] = field(default_factory=list)
+    drifted: list[str] = field(default_factory=list)
     problems: list[tuple[type[Exception], Problem]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add_nbytes(self, nbytes: int) -> None:
+    def add(self, *, nbytes: int = 0, read_nbytes: int = 0, copied_nbytes: int = 0, decoded_nbytes: int = 0) -> None:
         """Count bytes; workers call it side by side."""
         with self._lock:
             self.nbytes += nbytes
+            self.read_nbytes += read_nbytes
+            self.copied_nbytes += copied_nbytes
+            self.decoded_nbytes += decoded_nbytes
 
     def raise_if_any(self, source: str) -> None:
         """Raise one error with every problem, of the gravest kind found."""
-        for kind in (SourceError, DigestMismatchError, TensorValueError, NonFiniteError):
+        for kind in (SourceError, DeltaError, DigestMismatchError, TensorValueError, NonFiniteError):
             if any(found is kind for found, _ in self.problems):
                 raise kind(
                     f"Expected loadable tensors in {source}.",
@@ -146,6 +170,12 @@ def describe_conflict(name: str, target: Target) -> Problem:
     return Problem(code="TIE_CONFLICT", message=message, tensor=name)
 
 
+def describe_drift(name: str) -> Problem:
+    """Return the problem of a live tensor that something has written since it was loaded."""
+    message = "Expected the live tensor to have the bytes that it was loaded with, got others"
+    return Problem(code="LIVE_CHANGED", message=message, tensor=name)
+
+
 def is_bad_bool(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor of truth values has bytes that are none."""
     return tensor.dtype is torch.bool and bool(tensor.numel()) and int(tensor.view(torch.uint8).max().item()) > 1
@@ -164,8 +194,12 @@ def prove_tensor(
     loaded: Loaded,
     options: LoadOptions,
     source: torch.Tensor | None = None,
+    mismatch: tuple[type[Exception], str] = (DigestMismatchError, "DIGEST_MISMATCH"),
 ) -> None:
-    """Hash the tensor where that is wanted and not done yet, and note what is wrong with its values."""
+    """Hash the tensor where that is wanted and not done yet, and note what is wrong with its values.
+
+    `mismatch` is the kind and the code of the problem where it has another digest than was promised.
+    """
     expected = options.expected.get(name)
     if digest is None and (options.digest or expected is not None):
         digest = digest_tensor(target.view)
@@ -176,9 +210,9 @@ def prove_tensor(
     if expected is not None and digest != expected:
         loaded.problems.append(
             (
-                DigestMismatchError,
+                mismatch[0],
                 Problem(
-                    code="DIGEST_MISMATCH",
+                    code=mismatch[1],
                     message=f"Expected digest {expected}, got {digest}",
                     tensor=name,
                     expected=expected,
@@ -187,6 +221,19 @@ def prove_tensor(
             )
         )
     _find_bad_values(name, target.view, loaded=loaded, finite=options.finite)
+
+
+def settle_tensor(
+    name: str, target: Target, *, tensor: torch.Tensor, is_first: bool, loaded: Loaded, options: LoadOptions
+) -> None:
+    """Count, hash and prove one tensor that came as a tensor; where it is a second name, compare it with the first."""
+    if tensor.dtype is not target.view.dtype:
+        loaded.converted.append(name)
+    if not is_first and not equals_view(target.view, tensor):
+        loaded.problems.append((TensorValueError, describe_conflict(name, target)))
+    prove_tensor(name, target, digest=None, loaded=loaded, options=options, source=tensor)
+    loaded.add(nbytes=target.view.numel() * target.view.element_size() if is_first else 0)
+    options.report(tensor.numel() * tensor.element_size())
 
 
 def _find_bad_values(name: str, view: torch.Tensor, *, loaded: Loaded, finite: bool) -> None:

@@ -1,0 +1,143 @@
+"""Bringing the tensors of an offer into the spare: from files, memory or what is live, as they are or migrated.
+
+Rules this module keeps:
+
+- What is live is held for as long as it is copied from, and never written.
+- What a load finds out about bytes that are live is kept with their generation, so that nothing is hashed twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+
+from hotglm.contract import Contract
+from hotglm.progress import Progress
+from hotglm.slot.checks import StagePolicy
+from hotglm.slot.generation import Generation
+from hotglm.slot.live import find_kept, plan_sealing
+from hotglm.slot.receipt import Origins
+from hotglm.slot.source import Offer
+from hotglm.slot.supplying import open_supply
+from hotglm.weights.arena import Lease
+from hotglm.weights.loader import load_supply, load_tensors
+from hotglm.weights.migration import load_migrated
+from hotglm.weights.proof import Loaded, LoadOptions, Target
+from hotglm.weights.supply import Supply
+from hotglm.weights.workers import Cancellation, run_tasks
+
+__all__ = ["Loading"]
+
+
+class Loading:
+    """The load of one stage: planned while nothing is given up yet, run when there is a spare to fill."""
+
+    def __init__(
+        self,
+        offer: Offer,
+        live: Generation,
+        *,
+        digests: Mapping[str, str],
+        policy: StagePolicy,
+        num_threads: int,
+        cancellation: Cancellation,
+    ) -> None:
+        """Take what is to be loaded.
+
+        Args:
+            offer: as it was decided on; stays open.
+            live: the generation that serves.
+            digests: those that the caller adds to what the offer promises.
+            policy: of the stage.
+            num_threads: that read, copy, decode and hash.
+            cancellation: of the stage.
+        """
+        self._offer = offer
+        self._live = live
+        self._digests = digests
+        self._policy = policy
+        self._num_threads = num_threads
+        self._cancellation = cancellation
+        self._supply: Supply | None = None
+
+    def plan(self, code: Contract, stack: ExitStack) -> None:
+        """Find out where every tensor comes from; what is opened for that is closed by `stack`.
+
+        Raises:
+            DeltaError: the releases that a delta builds on are not there, or not what they should be.
+            SourceError: one of them cannot be read.
+        """
+        offer, kept = self._offer, {}
+        if self._policy.reuse and offer.migration is None:
+            if offer.files is None and offer.release is not None:
+                self._seal_live(offer.release.manifest.tensors)
+            kept = find_kept(self._live, code)
+        self._supply = open_supply(offer, kept, digests=self._digests, stack=stack)
+
+    def run(
+        self, targets: Mapping[str, Target], *, lease: Lease, report: Callable[[Progress], object]
+    ) -> tuple[Loaded, Origins]:
+        """Fill `targets`; return what was loaded, and from where.
+
+        Raises:
+            SourceError, TensorValueError, NonFiniteError: the bytes cannot be used; everything is named.
+            MigrationStepError: a migration failed. MissingExtraError: a delta needs an extra.
+        """
+        options = LoadOptions(
+            digest=self._policy.digest,
+            finite=self._policy.finite,
+            expected={**self._offer.digests, **self._digests},
+            num_threads=self._num_threads,
+            nice=self._policy.nice,
+            cancellation=self._cancellation,
+            report=_Meter(report, total_nbytes=self._offer.nbytes).add,
+        )
+        loaded = self._load(targets, lease=lease, options=options)
+        self._keep_seals(loaded)
+        origins = Origins(
+            read_nbytes=loaded.read_nbytes,
+            copied_nbytes=loaded.copied_nbytes,
+            decoded_nbytes=loaded.decoded_nbytes,
+            drifted=tuple(sorted(loaded.drifted)),
+        )
+        return loaded, origins
+
+    def _load(self, targets: Mapping[str, Target], *, lease: Lease, options: LoadOptions) -> Loaded:
+        offer, supply = self._offer, self._supply
+        if offer.migration is not None:
+            source = offer.files or supply or offer.tensors or {}
+            return load_migrated(source, offer.migration.plan, targets, lease=lease, options=options)
+        if supply is not None:
+            return load_supply(supply, targets, lease=lease, options=options)
+        return load_tensors(offer.tensors or {}, targets, options=options)
+
+    def _seal_live(self, names: Iterable[str]) -> None:
+        run_tasks(
+            plan_sealing(self._live, names),
+            num_threads=self._num_threads,
+            nice=self._policy.nice,
+            cancellation=self._cancellation,
+            name="hotglm-seal",
+        )
+
+    def _keep_seals(self, loaded: Loaded) -> None:
+        """Note what was found out of live tensors that were copied, in case the stage is not committed."""
+        for name, source in ({} if self._supply is None else self._supply.tensors).items():
+            if source.kept is not None and not source.steps and name in loaded.seals and name not in loaded.drifted:
+                self._live.seals[name] = loaded.seals[name]
+
+
+class _Meter:
+    """Counts bytes from many threads, and tells of every step."""
+
+    def __init__(self, report: Callable[[Progress], object], *, total_nbytes: int) -> None:
+        self._report = report
+        self._total_nbytes = total_nbytes
+        self._done_nbytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done_nbytes += nbytes
+        self._report(Progress(part="load", done_nbytes=self._done_nbytes, total_nbytes=self._total_nbytes))
