@@ -135,6 +135,8 @@ def parse_envelope(text: bytes, *, payload_type: str, file: str | None = None) -
         report.stop("ENVELOPE_TOO_LARGE", message, expected=MAX_ENVELOPE_NBYTES, found=len(text))
     verify_utf8(text, report=report)
     document = parse_json(text, report=report, max_brackets=_MAX_BRACKETS)
+    if not text.endswith(b"}\n"):  # so that not even a cut of one byte is taken for whole
+        report.stop("ENVELOPE_CUT", "Expected one newline behind the last brace, and nothing else, got another end.")
     reader = _Reader(report=report)
     members = reader.read_members(document, ("payload", "payloadType", "signatures"), where="the envelope")
     if (found := members["payloadType"]) != payload_type:

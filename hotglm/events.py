@@ -22,13 +22,17 @@ __all__ = [
     "CommittedEvent",
     "ConfirmedEvent",
     "DelayedEvent",
+    "DigestMismatchEvent",
     "DiscardedEvent",
     "DrainedEvent",
     "Event",
+    "ExpiredEvent",
     "HeldEvent",
     "QuarantinedEvent",
     "RefusedEvent",
+    "ReplayedEvent",
     "RolledBackEvent",
+    "SignatureRefusedEvent",
     "StagedEvent",
     "Subscribers",
     "SupersededEvent",
@@ -155,6 +159,26 @@ class DelayedEvent(Event):
 
     version: str
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignatureRefusedEvent(RefusedEvent):
+    """A release was not signed by the keys that the host asks for. Alert somebody."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DigestMismatchEvent(RefusedEvent):
+    """Some bytes were not the ones that were promised: damage, or worse. Do not try them again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpiredEvent(RefusedEvent):
+    """A release, or the roots of trust, must not be taken for new any more. Look whether updates still arrive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayedEvent(RefusedEvent):
+    """A release was older than one that was accepted before, reused its version, or leapt too far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,7 @@ def refuse(text: bytes) -> str:
 
 def edited(**members: object) -> bytes:
     """Return the good envelope with other members."""
-    return json.dumps({**json.loads(format_envelope(GOOD)), **members}).encode()
+    return f"{json.dumps({**json.loads(format_envelope(GOOD)), **members}, indent=1)}\n".encode()
 
 
 @given(drawn_envelopes)
@@ -84,7 +84,10 @@ def test_any_member_is_read_or_refused(name: str, value: object) -> None:
     ("text", "code"),
     [
         (b"", "ENVELOPE_BAD_JSON"),
-        (b"[]", "WRONG_TYPE"),
+        (b"[]", "ENVELOPE_CUT"),
+        (format_envelope(GOOD)[:-1], "ENVELOPE_CUT"),
+        (format_envelope(GOOD) + b"\n", "ENVELOPE_CUT"),
+        (b"{}\n", "WRONG_TYPE"),
         (b"\xef\xbb\xbf{}", "ENVELOPE_NOT_UTF8"),
         (b"\xff", "ENVELOPE_NOT_UTF8"),
         (b"[" * 100_000, "ENVELOPE_TOO_DEEP"),

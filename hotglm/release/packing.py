@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hotglm.contract import Contract
+from hotglm.envelope import ENVELOPE_NAME
 from hotglm.environment import Environment
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.manifest import format_manifest
@@ -33,6 +34,9 @@ from hotglm.release.filling import Filled, fill_directory, flush_tree, hash_in_p
 from hotglm.release.placing import exists_error, find_destination, place_release, write_manifest
 from hotglm.release.writing import replace_whole, writing
 from hotglm.version import Version
+
+if TYPE_CHECKING:
+    from hotglm.trust.keys import SigningKey
 
 __all__ = ["ReleaseDetails", "Stated", "pack", "read_stated", "verify_stated"]
 
@@ -50,6 +54,7 @@ class ReleaseDetails:
         expires_at: when it must no longer be taken for new.
         code: model code among the files; declared only.
         created_at: when it was made; now if None.
+        signing_key: signs it before it appears, so that nobody ever sees it unsigned; None for no signature.
     """
 
     config: Mapping[str, Any] | None = None
@@ -58,6 +63,12 @@ class ReleaseDetails:
     expires_at: datetime | None = None
     code: CodeEntry | None = None
     created_at: datetime | None = None
+    signing_key: SigningKey | None = None
+
+    @property
+    def sign(self) -> Callable[[bytes], bytes] | None:
+        """What returns the envelope for the bytes of a manifest; None where it is not to be signed."""
+        return None if self.signing_key is None else self.signing_key.sign_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,12 +144,11 @@ def pack(
     """
     with ExitStack() as stack:
         draft = open_draft(source, stack=stack)
-        stated = read_stated(draft, name=name, version=version, details=details or ReleaseDetails())
+        details = details or ReleaseDetails()
+        stated = read_stated(draft, name=name, version=version, details=details)
         verify_stated(stated, sequence=sequence)
-        if destination is None:
-            path = _pack_in_place(draft, stated, sequence=sequence, progress=progress)
-        else:
-            path = _pack_copied(draft, stated, find_destination(destination), sequence=sequence, progress=progress)
+        plan = _Plan(draft=draft, stated=stated, sequence=sequence, sign=details.sign, progress=progress)
+        path = _pack_in_place(plan) if destination is None else _pack_copied(plan, find_destination(destination))
     return open_release(path)
 
 
@@ -152,9 +162,22 @@ def verify_stated(stated: Stated, *, sequence: int) -> None:
     format_manifest(bare.make_manifest(Filled(files={}, tensors={}), sequence=sequence))
 
 
-def _pack_in_place(
-    draft: Draft, stated: Stated, *, sequence: int, progress: Callable[[Progress], object] | None
-) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What is to be packed, and how."""
+
+    draft: Draft
+    stated: Stated
+    sequence: int
+    sign: Callable[[bytes], bytes] | None
+    progress: Callable[[Progress], object] | None
+
+    def format_manifest(self, filled: Filled) -> bytes:
+        return format_manifest(self.stated.make_manifest(filled, sequence=self.sequence))
+
+
+def _pack_in_place(plan: _Plan) -> str:
+    draft = plan.draft
     if draft.manifest is not None:
         raise exists_error(draft.path, "Expected weights without a manifest, got a release already.")
     if draft.root != draft.path:
@@ -162,21 +185,20 @@ def _pack_in_place(
             f"Expected a directory to become a release in place, got {shorten_repr(draft.path)}.",
             remedy="give its directory, or a destination to copy it to.",
         )
-    filled = hash_in_place(draft, progress=progress)
-    text = format_manifest(stated.make_manifest(filled, sequence=sequence))
+    filled = hash_in_place(draft, progress=plan.progress)
+    text = plan.format_manifest(filled)
     with writing(draft.path):
         flush_tree(draft.path, filled.files)
+    if plan.sign is not None:  # before the manifest, which makes it a release
+        replace_whole(os.path.join(draft.path, ENVELOPE_NAME), plan.sign(text))
     replace_whole(os.path.join(draft.path, MANIFEST_NAME), text)
     return draft.path
 
 
-def _pack_copied(
-    draft: Draft, stated: Stated, path: str, *, sequence: int, progress: Callable[[Progress], object] | None
-) -> str:
+def _pack_copied(plan: _Plan, path: str) -> str:
     with place_release(path) as workspace:
-        filled = fill_directory(draft, workspace, mode=_MODE, progress=progress)
-        text = format_manifest(stated.make_manifest(filled, sequence=sequence))
-        write_manifest(workspace, text, filled.files, mode=_MODE)
+        filled = fill_directory(plan.draft, workspace, mode=_MODE, progress=plan.progress)
+        write_manifest(workspace, plan.format_manifest(filled), filled.files, mode=_MODE, sign=plan.sign)
     return path
 
 

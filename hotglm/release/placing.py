@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from hotglm import seam
+from hotglm.envelope import ENVELOPE_NAME
 from hotglm.errors import ArgumentError, Problem, StoreConflictError, shorten_repr
 from hotglm.manifest_fields import MANIFEST_NAME
 from hotglm.release.filling import flush_tree
@@ -58,12 +59,24 @@ def place_release(path: str) -> Iterator[str]:
             flush_directory(parent)
 
 
-def write_manifest(workspace: str, text: bytes, names: Iterable[str], *, mode: int) -> None:
+def write_manifest(
+    workspace: str, text: bytes, names: Iterable[str], *, mode: int, sign: Callable[[bytes], bytes] | None = None
+) -> None:
     """Write the manifest of a release that is being made, and flush the directories that hold its files.
+
+    Args:
+        workspace: its directory.
+        text: the bytes of the manifest.
+        names: the files of the release.
+        mode: permissions of the manifest.
+        sign: returns the envelope for the bytes of a manifest, which is written before it, so that nobody ever sees
+            the release unsigned (T1).
 
     Raises:
         OSError: the system refused.
     """
+    if sign is not None:
+        write_file(os.path.join(workspace, ENVELOPE_NAME), sign(text), mode=mode)
     write_file(os.path.join(workspace, MANIFEST_NAME), text, mode=mode)
     flush_tree(workspace, names)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import EllipsisType
+from typing import TYPE_CHECKING
 
 from hotglm import seam
 from hotglm.errors import (
@@ -39,6 +40,9 @@ from hotglm.release.store_publishing import STORED_MODE, make_store_workspace, p
 from hotglm.release.store_reading import StoredRelease, StoreReader
 from hotglm.release.writing import flush_directory, writing
 from hotglm.version import Version
+
+if TYPE_CHECKING:
+    from hotglm.trust.policy import Trust
 
 __all__ = ["Store"]
 
@@ -83,7 +87,8 @@ class Store(StoreReader):
         """
         with ExitStack() as stack:
             draft = open_draft(source, stack=stack)
-            stated = read_stated(draft, name=name, version=version, details=details or ReleaseDetails())
+            details = details or ReleaseDetails()
+            stated = read_stated(draft, name=name, version=version, details=details)
             verify_stated(stated, sequence=1)
             with make_store_workspace(self) as workspace:
                 filled = fill_directory(
@@ -95,6 +100,7 @@ class Store(StoreReader):
                     filled.files,
                     lambda sequence: stated.make_manifest(filled, sequence=sequence),
                     learnt=filled.find_known(),
+                    sign=details.sign,
                 )
 
     # -- labels --------------------------------------------------------------------------------------------------------
@@ -105,6 +111,7 @@ class Store(StoreReader):
         target: str | int | Version,
         *,
         expected: str | Version | EllipsisType | None = ...,
+        trust: Trust | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Label:
         """Let a label lead to a release, once every byte of that was verified.
@@ -113,6 +120,7 @@ class Store(StoreReader):
             label: its name: lower-case letters, digits, `-` and `_`.
             target: a label, version or sequence number of this store.
             expected: the version it must lead to now; None where there must be no such label. By default any.
+            trust: what must accept the release first; nothing is remembered for that, as nothing goes live by it.
             progress: told how far verifying is.
 
         Returns:
@@ -124,10 +132,14 @@ class Store(StoreReader):
             StoreError: there is no such release. StoreBusyError: another process holds the store's lock.
             StoreWriteError: it cannot be written; the label is as it was.
             SourceError: the release is not what its manifest says.
+            TrustError: `trust` refuses it; `SignatureError`, `ReplayedError`, `ExpiredError` say why.
+            MissingExtraError: `cryptography` is not installed.
         """
         verify_word(label, what="label")
         self._verify_expected(label, self.read_label(label), expected)  # before all is read; and again under the lock
         with self.open_release(target) as release:  # open, so that it cannot be collected meanwhile
+            if trust is not None:
+                trust.verify(release)
             release.verify(progress=progress)
             manifest = release.manifest
             wanted = ReleaseId(sequence=manifest.sequence, version=str(manifest.version), digest=release.digest)

@@ -56,6 +56,7 @@ def publish_workspace(
     make: Callable[[int], Manifest],
     *,
     learnt: Iterable[KnownFile] = (),
+    sign: Callable[[bytes], bytes] | None = None,
 ) -> StoredRelease:
     """Let a filled workspace become the next release of a store, unless what it leads to is there already.
 
@@ -65,6 +66,7 @@ def publish_workspace(
         files: what is in it.
         make: returns the manifest for a sequence number.
         learnt: what is known now of the sources that were hashed; it is remembered.
+        sign: returns the envelope for the bytes of a manifest; None where it is not to be signed.
 
     Returns:
         The release that is there now: this one, or one of the same version and the same result.
@@ -88,7 +90,7 @@ def publish_workspace(
                 return one
         shared = share_files(workspace, files, objects=store.join("objects"), is_sound=_find_judge(store))
         _remember(store, _find_contents(workspace, shared, manifest))
-        write_manifest(workspace, format_manifest(manifest), files, mode=STORED_MODE)
+        write_manifest(workspace, format_manifest(manifest), files, mode=STORED_MODE, sign=sign)
         path = store.join("releases", release_name(manifest.sequence, manifest.version))
         seam.active.rename(workspace, path)
         flush_directory(store.join("releases"))

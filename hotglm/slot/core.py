@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -28,8 +27,6 @@ from hotglm.events import (
     DiscardedEvent,
     DrainedEvent,
     Event,
-    HeldEvent,
-    RefusedEvent,
     RolledBackEvent,
     StagedEvent,
     Subscribers,
@@ -39,9 +36,10 @@ from hotglm.migration.registry import Migrations
 from hotglm.model.grad_mode import GradMode
 from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, Publication
+from hotglm.slot.announcing import describe_stage, name_change, note_held, refused_event
 from hotglm.slot.checks import StagePolicy
-from hotglm.slot.generation import Generation, Retired
-from hotglm.slot.holders import Holder, Sessions
+from hotglm.slot.generation import Generation
+from hotglm.slot.holders import Sessions
 from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.receipt import Receipt
 from hotglm.slot.source import Source
@@ -49,6 +47,7 @@ from hotglm.slot.spare import Spares
 from hotglm.slot.staged import RECEIPT_PARTS, Staged, StageRecord
 from hotglm.slot.stager import Stager, clear_frames
 from hotglm.slot.staging import StageRequest
+from hotglm.trust.policy import Trust
 from hotglm.version import Bump, Version
 from hotglm.weights.workers import Cancellation, yield_gil
 
@@ -72,6 +71,7 @@ class SlotSettings:
     constants: tuple[str, ...]
     refresh: Callable[[nn.Module], object] | None
     migrations: Migrations | None = None
+    trust: Trust | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,9 @@ class SlotCore:
             sessions=self.sessions,
             policy=settings.memory,
             # No method of this object: a slot that is dropped must be gone without the garbage collector.
-            on_held=functools.partial(_note_held, self._late, settings),
+            on_held=functools.partial(
+                note_held, self._late, slot=settings.name, limit_s=settings.memory.drain_timeout_s
+            ),
         )
         self.stager = Stager(self.spares, name=settings.name)
         self.refusals: deque[str] = deque(maxlen=_MAX_REFUSALS)
@@ -128,7 +130,7 @@ class SlotCore:
         """Stage `source`; see `ModuleSlot.stage`."""
         events: list[Event] = []
         try:
-            with self.stager.turn(what=_describe(source, version), can_be_superseded=True) as cancellation:
+            with self.stager.turn(what=describe_stage(source, version), can_be_superseded=True) as cancellation:
                 return self._stage(source, version, options, cancellation, events)
         finally:
             self._publish_after_turn(events)
@@ -149,7 +151,7 @@ class SlotCore:
         """Stage and commit in one turn; see `ModuleSlot.update`."""
         events: list[Event] = []
         try:
-            with self.stager.turn(what=_describe(source, version), can_be_superseded=False) as cancellation:
+            with self.stager.turn(what=describe_stage(source, version), can_be_superseded=False) as cancellation:
                 staged = self._stage(source, version, options, cancellation, events)
                 try:
                     return self._commit(staged, expected, events)
@@ -177,7 +179,7 @@ class SlotCore:
             self.add_context(error)
             raise
         receipt = self._receipt("rolled back", old, new.generation, time.perf_counter() - started)
-        self.publish(RolledBackEvent(slot=self.settings.name, **_name_change(new.generation, old.generation)))
+        self.publish(RolledBackEvent(slot=self.settings.name, **name_change(new.generation, old.generation)))
         yield_gil()  # rollbacks in a tight loop leave passes their turns (F15 in tests/test_concurrent_updates.py)
         return receipt
 
@@ -189,11 +191,12 @@ class SlotCore:
         except HotglmError as error:
             self.add_context(error)
             raise
-        if publication is None:
-            return False
-        live = publication.generation
-        self.publish(ConfirmedEvent(slot=self.settings.name, version=str(live.version), number=live.number))
-        return True
+        live = (publication or self.admission.live).generation
+        if publication is not None:
+            self.publish(ConfirmedEvent(slot=self.settings.name, version=str(live.version), number=live.number))
+        if self.settings.trust is not None and live.accepted is not None:
+            self.settings.trust.confirm(live.accepted)  # asked again after it failed, it is tried again
+        return publication is not None
 
     def close(self) -> None:
         """Take no further updates; see `ModuleSlot.close`."""
@@ -253,7 +256,7 @@ class SlotCore:
         self.publish(*sorted((*late, *events), key=lambda event: event.at_s))
 
     def _supersede(self, source: Source, version: str | Version | None) -> list[Event]:
-        old = self.stager.discard_latest(by=_describe(source, version))
+        old = self.stager.discard_latest(by=describe_stage(source, version))
         if old is None:
             return []
         by = None if version is None else str(version)
@@ -287,6 +290,7 @@ class SlotCore:
             config=options.config,
             refresh=settings.refresh,
             migrations=settings.migrations,
+            trust=settings.trust,
             mode=GradMode.current(),
             live=live,
             number=next(self._numbers),
@@ -317,8 +321,7 @@ class SlotCore:
         )
         self.refusals.append(str(error))
         self.num_refused += 1
-        text = None if version is None else str(version)
-        return RefusedEvent(slot=self.settings.name, version=text, code=error.code, message=str(error))
+        return refused_event(error, slot=self.settings.name, version=version)
 
     def _commit(self, staged: Staged, expected: Expected | None, events: list[Event]) -> Receipt:
         if not isinstance(staged, Staged) or staged.owner is not self.admission:
@@ -362,32 +365,10 @@ class SlotCore:
         self.publish(self._discarded(staged))
 
     def _committed(self, new: Generation, old: Generation) -> Event:
-        return CommittedEvent(slot=self.settings.name, **_name_change(new, old))
+        return CommittedEvent(slot=self.settings.name, **name_change(new, old))
 
     def _discarded(self, staged: Staged) -> Event:
         return DiscardedEvent(slot=self.settings.name, version=str(staged.version), number=staged.number)
-
-
-def _name_change(new: Generation, old: Generation) -> dict[str, Any]:
-    versions = {"version": str(new.version), "previous_version": str(old.version)}
-    return {**versions, "number": new.number, "previous_number": old.number}
-
-
-def _note_held(late: deque[Event], settings: SlotSettings, retired: Retired, holders: tuple[Holder, ...]) -> None:
-    texts = tuple(map(str, holders)) or ("references kept outside the slot; slot.find_holders() names them",)
-    event = HeldEvent(
-        slot=settings.name,
-        version=str(retired.version),
-        number=retired.number,
-        limit_s=settings.memory.drain_timeout_s,
-        holders=texts,
-    )
-    late.append(event)
-
-
-def _describe(source: object, version: object) -> str:
-    what = shorten_repr(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
-    return f"a stage of {what}" + (f" as version {version}" if version else "")
 
 
 def _ignore(progress: Progress) -> None:

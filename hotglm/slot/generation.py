@@ -24,6 +24,7 @@ from hotglm.model.twin import mark_loose_tensors
 from hotglm.version import Version
 
 if TYPE_CHECKING:
+    from hotglm.trust.policy import Accepted
     from hotglm.weights.arena import Arena
     from hotglm.weights.seals import Seal
 
@@ -77,12 +78,14 @@ class Generation:
             weights were brought to it. A file of its tensors is to be given this one.
         is_migrated: whether its tensors were brought to its code by a migration.
         seals: what stages have found out about its bytes, by name of a tensor; for the stage that has the slot's turn.
+        accepted: the proof that the slot's trust accepted the release that it came from; None where there is none.
     """
 
     __slots__ = (
         "__weakref__",
         "_arena",
         "_lease",
+        "accepted",
         "code_version",
         "contract",
         "digest",
@@ -112,8 +115,10 @@ class Generation:
         code_version: Version | None = None,
         is_migrated: bool = False,
         seals: Mapping[str, Seal] | None = None,
+        accepted: Accepted | None = None,
     ) -> None:
         """Put the parts together; made by slots only."""
+        self.accepted = accepted
         self.is_migrated = is_migrated
         self.module = module
         self.number = number

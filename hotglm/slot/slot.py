@@ -41,6 +41,7 @@ from hotglm.slot.receipt import Receipt
 from hotglm.slot.source import Source
 from hotglm.slot.staged import Staged
 from hotglm.slot.status import Status
+from hotglm.trust.policy import Trust
 from hotglm.version import Bump, Version
 
 __all__ = ["ModuleSlot"]
@@ -73,6 +74,7 @@ class ModuleSlot(ModuleFacade):
         constants: Sequence[str] = (),
         refresh: Callable[[nn.Module], object] | None = None,
         migrations: Migrations | None = None,
+        trust: Trust | None = None,
     ) -> None:
         """Take `module` over and make it the first generation.
 
@@ -90,12 +92,14 @@ class ModuleSlot(ModuleFacade):
             migrations: steps between versions of somebody else's model, or of one that is to keep its code whatever
                 classes are registered: weights of any version that a path leads from are brought to this code. By
                 default those of the class, if it has any.
+            trust: what must accept a path before it is staged (`hotglm.open_trust`); then only signed releases are.
+                What is handed over in memory, mappings and modules, is the host's own. The slot asks in its own name.
 
         Raises:
             ModuleError: the module holds something no slot can hold; everything is named.
             ArgumentError: `version` or `accept` cannot be meant.
         """
-        _verify_settings(name=name, policy=policy, memory=memory, refresh=refresh, migrations=migrations)
+        _verify_settings(name=name, policy=policy, memory=memory, refresh=refresh, migrations=migrations, trust=trust)
         module = settle(module)
         listen()
         contract = promise_outputs(contract_of(module), policy or StagePolicy(), live=None)
@@ -110,6 +114,7 @@ class ModuleSlot(ModuleFacade):
             constants=tuple([constants] if isinstance(constants, str) else constants),
             refresh=refresh,
             migrations=migrations,
+            trust=None if trust is None else trust.for_slot(label),
         )
         code_version = definition.version if definition else parsed
         core = SlotCore(
@@ -199,6 +204,7 @@ class ModuleSlot(ModuleFacade):
 
         Raises:
             SourceError: the bytes cannot be used. IncompatibleError: the verdict says no. CheckError: a proof failed.
+            TrustError: the slot's trust refuses a path: SignatureError, ReplayedError, ExpiredError, TrustStateError.
             MigrationError: the way from their version is ambiguous or does not fit, or is not known (no version).
             ModuleError: the structure cannot be carried over. MemoryPlanError: no room.
             SlotStateError: superseded, closed, or called from inside a stage. StageTimeoutError, StageFailedError,
@@ -257,11 +263,14 @@ class ModuleSlot(ModuleFacade):
     def confirm(self, *, expected: Expected | None = None) -> bool:
         """End the trial of the live generation; return whether it was on trial.
 
+        With a trust, its release is remembered as the one that a restart may always come back to.
+
         Args:
             expected: number or version that must be live.
 
         Raises:
             ConflictError: another generation is live.
+            TrustStateError: it cannot be remembered; the trial has ended, and `confirm` may be called again.
         """
         return self._core.confirm(expected)
 
@@ -313,6 +322,7 @@ class ModuleSlot(ModuleFacade):
             "constants": settings.constants,
             "refresh": settings.refresh,
             "migrations": settings.migrations,
+            "trust": settings.trust,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSlot:
@@ -336,19 +346,22 @@ class ModuleSlot(ModuleFacade):
             return (_rebuild, (module, self._options(), (str(generation.code_version), generation.is_migrated)))
 
 
-def _verify_settings(*, name: object, policy: object, memory: object, refresh: object, migrations: object) -> None:
+def _verify_settings(
+    *, name: object, policy: object, memory: object, refresh: object, migrations: object, trust: object
+) -> None:
     wrong = [
         *(["name"] if name is not None and not (isinstance(name, str) and name) else []),
         *(["policy"] if policy is not None and not isinstance(policy, StagePolicy) else []),
         *(["memory"] if memory is not None and not isinstance(memory, MemoryPolicy) else []),
         *(["refresh"] if refresh is not None and not callable(refresh) else []),
         *(["migrations"] if migrations is not None and not isinstance(migrations, Migrations) else []),
+        *(["trust"] if trust is not None and not isinstance(trust, Trust) else []),
     ]
     if wrong:
         raise ArgumentError(
             f"Expected settings of a slot that can be meant, got bad {', '.join(wrong)}.",
             remedy="name is text, policy a StagePolicy, memory a MemoryPolicy, refresh a function of a module, "
-            "migrations a Migrations.",
+            "migrations a Migrations, trust what open_trust returns.",
         )
 
 

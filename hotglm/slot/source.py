@@ -21,7 +21,7 @@ from torch import nn
 
 from hotglm.contract import Contract
 from hotglm.document import Report, parse_json
-from hotglm.errors import ArgumentError, Problem, TensorValueError, VersionSyntaxError, shorten_repr
+from hotglm.errors import ArgumentError, Problem, SignatureError, TensorValueError, VersionSyntaxError, shorten_repr
 from hotglm.migration.plan import StatePlan
 from hotglm.model.compiled import Recipe, find_recipe, unwrap
 from hotglm.model.inspection import contract_of, find_state
@@ -31,6 +31,7 @@ from hotglm.model.registry import Definition, find_definition, read_config
 from hotglm.release.directory import Release, is_release, open_release
 from hotglm.release.files import WeightFiles, open_weights
 from hotglm.release.payloads import read_result_metadata
+from hotglm.trust.policy import Accepted, Trust
 from hotglm.version import Version
 from hotglm.weights.dtypes import LOADABLE_DTYPES, TORCH_DTYPES, dtype_name
 
@@ -70,6 +71,7 @@ class Offer:
         migration: what stands between its tensors and `contract`, if anything does.
         files: open files, for a file source; none for a delta, whose tensors have to be made first.
         release: the open release that it is, if it is one.
+        accepted: the proof that the slot's trust accepted that release.
         tensors: tensors, for a mapping or module.
         module: the module, for a module source: its structure is what holds the weights.
         recipe: how that was compiled as a whole, if it was what `torch.compile` returns.
@@ -88,6 +90,7 @@ class Offer:
     migration: Migration | None = None
     files: WeightFiles | None = None
     release: Release | None = None
+    accepted: Accepted | None = None
     tensors: Mapping[str, torch.Tensor] | None = None
     module: nn.Module | None = None
     recipe: Recipe | None = None
@@ -115,30 +118,37 @@ def _is_floating(name: str) -> bool:
     return dtype is not None and dtype.is_floating_point
 
 
-def open_source(source: Source) -> Offer:
+def open_source(source: Source, *, trust: Trust | None = None) -> Offer:
     """Open `source` and read what it says about itself.
+
+    Args:
+        source: what is offered.
+        trust: what must accept a path before anything beside its manifest is read; then nothing but a release will do.
+            Mappings and modules are the host's own.
 
     Raises:
         ArgumentError: it is none of the kinds of `Source`.
         SourceError: the file, index, directory or mapping cannot be used; everything that is wrong is named.
         ModuleError: a module that no slot can hold.
+        TrustError: `trust` refuses it.
     """
     if isinstance(source, nn.Module):
         return _offer_module(unwrap(source), compiled=source)
     if isinstance(source, Mapping):
         return _offer_tensors(source)
     if isinstance(source, (str, os.PathLike)):
-        return _offer_files(source)
+        return _offer_files(source, trust=trust)
     raise ArgumentError(
         f"Expected a path, a mapping of tensors or a module, got {shorten_repr(type(source).__name__)}.",
         remedy="pass model.state_dict() for tensors, or the path of a .safetensors file, index or directory.",
     )
 
 
-def _offer_release(path: str) -> Offer:
+def _offer_release(path: str, *, trust: Trust | None) -> Offer:
     """Open a release: what its manifest says counts, and every byte that is used is held against its digests."""
     with ExitStack() as stack:
         release = stack.enter_context(open_release(path))
+        accepted = None if trust is None else trust.verify(release)
         manifest = release.manifest
         files = stack.enter_context(release.open_weights()) if manifest.delta is None else None
         metadata = _read_result_metadata(release) if files is None else files.metadata
@@ -154,6 +164,7 @@ def _offer_release(path: str) -> Offer:
             module_versions=_read_module_versions(metadata, path),
             files=files,
             release=release,
+            accepted=accepted,
         )
         stack.pop_all()
     return offer
@@ -164,10 +175,17 @@ def _read_result_metadata(release: Release) -> Mapping[str, str]:
         return read_result_metadata(payload, release.manifest)
 
 
-def _offer_files(source: str | os.PathLike[str]) -> Offer:
+def _offer_files(source: str | os.PathLike[str], *, trust: Trust | None) -> Offer:
     path = os.fspath(source)
     if isinstance(path, str) and is_release(path):
-        return _offer_release(path)
+        return _offer_release(path, trust=trust)
+    if trust is not None:
+        message = "Expected a signed release, got a path that is none."
+        raise SignatureError(
+            f"{shorten_repr(path)} cannot be signed.",
+            problems=[Problem(code="UNSIGNED", message=message, file=os.fsdecode(path))],
+            remedy="make it a release with `hotglm pack --sign KEY`, and stage that.",
+        )
     files = open_weights(source)
     try:
         tensors = {name: (at.entry.torch_dtype, at.entry.shape) for name, at in files.tensors.items()}

@@ -49,6 +49,7 @@ from hotglm.slot.source import Offer, Source, open_source
 from hotglm.slot.spare import Spares, TakenSpare
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.targets import find_targets
+from hotglm.trust.policy import Trust
 from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
 from hotglm.weights.arena import Arena, Lease
@@ -78,6 +79,7 @@ class StageRequest:
     config: Mapping[str, Any] | None
     refresh: Callable[[nn.Module], object] | None
     migrations: Migrations | None
+    trust: Trust | None
     mode: GradMode
     live: Generation
     number: int
@@ -95,7 +97,7 @@ def stage_version(request: StageRequest, spares: Spares, record: StageRecord) ->
     """
     with ExitStack() as stack:
         with record.timed("open"):
-            offer = open_source(request.source)
+            offer = open_source(request.source, trust=request.trust)
             stack.callback(offer.close)
         return _Stage(request, spares, record, offer).run(stack)
 
@@ -141,6 +143,8 @@ class _Stage:
         generation = self._prove(twin, code, taken, loaded)
         cancellation.raise_if_cancelled()
         request = self._request
+        if request.trust is not None and generation.accepted is not None:
+            request.trust.accept(generation.accepted)  # the last thing that may refuse: what is remembered is proved
         return Staged(
             generation, owner=request.owner, base=request.live.number, record=record, on_discard=request.on_discard
         )
@@ -299,6 +303,7 @@ class _Stage:
             code_version=code.version,
             is_migrated=code.offer.migration is not None,
             seals={name: seal for name, seal in loaded.seals.items() if seal.digest == loaded.digests.get(name)},
+            accepted=code.offer.accepted,
         )
 
     def _refresh(self, twin: Twin, loaded: Loaded) -> None:
