@@ -40,6 +40,12 @@ from hotglm.deltas.making import (
 from hotglm.deltas.materializing import (
     materialize as materialize,
 )
+from hotglm.deltas.publishing import (
+    DeltaPolicy as DeltaPolicy,
+)
+from hotglm.deltas.publishing import (
+    publish_delta as publish_delta,
+)
 from hotglm.errors import (
     AmbiguousPathError as AmbiguousPathError,
 )

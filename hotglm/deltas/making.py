@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -36,9 +36,13 @@ from hotglm.weights.delta_codec import encode
 from hotglm.weights.digest import digest_tensor, tensor_bytes
 from hotglm.weights.dtypes import dtype_name
 
-__all__ = ["Payload", "make_delta", "name_payload", "write_payload"]
+__all__ = ["Payload", "PayloadOverrun", "make_delta", "name_payload", "write_payload"]
 
 _MODE = 0o644
+
+
+class PayloadOverrun(Exception):  # noqa: N818 - nobody outside of this package sees it
+    """A payload became larger than it may be; what was asked for is made in another way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +136,9 @@ def _verify_pair(old: Release, new: Release) -> BaseRelease:
     return BaseRelease(version=before.version, sequence=before.sequence, digest=old.result_digest)
 
 
-def name_payload(files: Mapping[str, FileEntry]) -> str:
+def name_payload(files: Iterable[str]) -> str:
     """Return what the payload may be called beside these files."""
-    taken = {path.casefold() for path in files} | {path.split("/")[0].casefold() for path in files}
+    taken = {part.casefold() for path in files for part in (path, path.split("/")[0])}
     stem = PAYLOAD_NAME.removesuffix(".safetensors")
     names = (PAYLOAD_NAME, *(f"{stem}-{number}.safetensors" for number in range(len(taken) + 1)))
     return next(name for name in names if name not in taken)
@@ -146,6 +150,7 @@ def write_payload(
     path: str,
     *,
     mode: int,
+    max_nbytes: int | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Payload:
     """Write what makes the tensors of `new` of those of `old` to the file `path`, flushed.
@@ -155,9 +160,11 @@ def write_payload(
         new: what is wanted. A digest that it promises and the base has is believed: the base's bytes will be used.
         path: a file that does not exist yet.
         mode: its permissions.
+        max_nbytes: size of its parts from which on it is not worth it.
         progress: told about every tensor.
 
     Raises:
+        PayloadOverrun: it would be larger than that.
         DeltaError, DigestMismatchError: a tensor of either side is not what is promised.
         ArgumentError: a dtype that this torch lacks. HeaderError: more tensors than a payload can hold.
         SourceReadError, SourceChangedError: something cannot be read. OSError: the system refused to write.
@@ -182,6 +189,8 @@ def write_payload(
             digests[one.name] = one.digest
             if one.codec is not None:
                 deltas[one.name] = _write(writer, one, numbers[one.name], old)
+            if max_nbytes is not None and writer.nbytes > max_nbytes:
+                raise PayloadOverrun
             meter.add(new.tensors[one.name].nbytes)
         new.verify_unchanged()
         tensors = {name: replace(tensor, digest=digests[name]) for name, tensor in new.tensors.items()}

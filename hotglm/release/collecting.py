@@ -1,8 +1,9 @@
 """Garbage collection of a store: what nothing names, nobody has open, and no release has any more.
 
-Rules this module keeps (S7 to S9):
+Rules this module keeps (S7 to S9, S15):
 
 - What stays is decided first, from labels, their history, services and numbers; a record that is damaged ends it.
+- What a delta that stays builds on stays too, down to the full release at the end of its chain.
 - A release that somebody has open is in use, whatever names it: its lock is shared. It goes when it is free.
 - A release is moved to `tmp` by one rename and removed there, so that nobody ever sees half of one.
 - Bytes that are mapped or open stay with whoever has them: names are removed, nothing is written into.
@@ -14,11 +15,12 @@ import contextlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hotglm import seam
-from hotglm.errors import ArgumentError, shorten_repr
+from hotglm.errors import ArgumentError, SourceError, shorten_repr
+from hotglm.release.directory import open_release
 from hotglm.release.locks import try_exclusively
 from hotglm.release.reading import close_quietly, list_directory
 from hotglm.release.services import sweep_holders
@@ -26,7 +28,7 @@ from hotglm.release.store_reading import StoredRelease, StoreReader
 from hotglm.release.workspace import sweep_workspaces
 from hotglm.release.writing import PARTIAL_SUFFIX, flush_directory, name_partial, remove_tree, writing
 
-__all__ = ["Collected", "collect_garbage"]
+__all__ = ["Collected", "collect_garbage", "find_needed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +59,21 @@ def collect_garbage(store: StoreReader, *, keep_newest: int, is_dry: bool = Fals
     removed: list[StoredRelease] = []
     in_use: list[StoredRelease] = []
     with store.locked(), writing(store.path):
-        named = _find_named(store)
-        doomed = [one for one in store.find_releases()[:-keep_newest] if one.sequence not in named]
+        named, releases = _find_named(store), store.find_releases()
+        oldest_new = releases[-keep_newest:][0].sequence if releases else 0
+        kept = [one for one in releases if one.sequence >= oldest_new or one.sequence in named]
+        needed = {one.sequence for one in kept} | find_needed(kept, releases)
+        doomed = [one for one in releases if one.sequence not in needed]
         if is_dry:
             return _foresee(store, doomed)
-        for one in doomed:
-            (removed if _remove(store, one) else in_use).append(one)
+        for one in reversed(doomed):  # the newest first: one that somebody has open keeps what it builds on
+            if one.sequence in needed:
+                continue
+            if _remove(store, one):
+                removed.insert(0, one)
+            else:
+                in_use.insert(0, one)
+                needed |= find_needed([one], releases)
         debris = [*sweep_workspaces(store.join("tmp")), *_sweep_partials(store), *sweep_holders(store)]
         num_objects, nbytes = _remove_objects(store)
         store.digests.forget_lost(lambda: _find_files(store.join("releases")))
@@ -75,6 +86,31 @@ def _find_named(store: StoreReader) -> set[int]:
     labels, services = store.read_labels().values(), store.read_services().values()
     named = {move.release.sequence for label in labels for move in label.moves}
     return named | {one.sequence for state in services for one in state.find_ids()}
+
+
+def find_needed(kept: Iterable[StoredRelease], releases: Sequence[StoredRelease]) -> set[int]:
+    """Return the numbers of the releases that the deltas among `kept` build on, whole chains (S7, S15).
+
+    A release that cannot be read might need any older one, so all of those are needed then.
+
+    Args:
+        kept: releases that stay.
+        releases: all releases of the store.
+    """
+    by_number, needed = {one.sequence: one for one in releases}, set[int]()
+    todo = list(kept)
+    while todo:
+        one = todo.pop()
+        try:
+            with open_release(one.path) as release:
+                delta = release.manifest.delta
+        except SourceError:
+            needed |= {number for number in by_number if number < one.sequence}
+            continue
+        if delta is not None and delta.base.sequence in by_number and delta.base.sequence not in needed:
+            needed.add(delta.base.sequence)
+            todo.append(by_number[delta.base.sequence])
+    return needed
 
 
 def _foresee(store: StoreReader, doomed: list[StoredRelease]) -> Collected:

@@ -33,7 +33,7 @@ from hotglm.release.known_files import link_known, link_source
 from hotglm.release.reading import close_quietly, open_regular, read_status, verify_identity
 from hotglm.release.writing import flush_directory, flush_file, make_directories, writing
 
-__all__ = ["Filled", "fill_directory", "flush_tree", "hash_in_place"]
+__all__ = ["Filled", "fill_directory", "flush_tree", "hash_in_place", "verify_promised"]
 
 _BATCH = 64
 
@@ -195,7 +195,7 @@ def _hash_all(
         },
         stamps=stamps,
     )
-    _verify_promised(draft, filled)
+    verify_promised(draft, filled)
     return filled
 
 
@@ -243,8 +243,12 @@ def _reopen(file: WeightFile | None, target: str, *, stack: ExitStack) -> Weight
     return replace(file, fd=fd)
 
 
-def _verify_promised(draft: Draft, filled: Filled) -> None:
-    """Refuse a source whose own digests, in its manifest or its metadata, are not those of its bytes."""
+def verify_promised(draft: Draft, filled: Filled) -> None:
+    """Refuse a source whose own digests, in its manifest or its metadata, are not those of its bytes.
+
+    Raises:
+        DigestMismatchError: with everything that differs.
+    """
     problems: list[Problem] = []
     if draft.manifest is not None:
         for name, entry in draft.manifest.files.items():

@@ -3,7 +3,7 @@
 Rules this module keeps (the clauses are those of docs/release-format.md):
 
 - A release appears by one rename, whole and flushed; two with one version never stand in a store, in whatever form:
-  one version means the same bytes for ever (S1, S2, S12, D18).
+  one version means the same bytes for ever (S1, S2, S14, D18).
 - The store's lock is held for a few small calls: never while weights are read, hashed or copied (S5).
 - Files of equal content are one file with several names (S6). Nothing here ever writes into a file that is there.
 - A process that is killed leaves debris in `tmp`, which nobody reads and the next publisher cleans away (S9).
@@ -106,7 +106,10 @@ def _remember(store: StoreReader, files: Iterable[KnownFile]) -> None:
 
 def _find_contents(workspace: str, names: Iterable[str], manifest: Manifest) -> Iterator[KnownFile]:
     """Yield what is known of files that have just become contents of the store: the store made them itself."""
+    payload = None if manifest.delta is None else manifest.delta.payload
     for name in names:
+        if name == payload:
+            continue  # its tensors have no digests of their own, so nothing but a delta can be made of it
         status = seam.active.lstat(os.path.join(workspace, *name.split("/")))
         digests = {tensor: one.digest for tensor, one in manifest.tensors.items() if one.file == name}
         entry = manifest.files[name]
