@@ -385,6 +385,15 @@ from hotglm.slot.holders import (
 from hotglm.slot.memory import (
     MemoryPolicy as MemoryPolicy,
 )
+from hotglm.slot.policies import (
+    Flip as Flip,
+)
+from hotglm.slot.policies import (
+    InPlace as InPlace,
+)
+from hotglm.slot.policies import (
+    InPlaceRecord as InPlaceRecord,
+)
 from hotglm.slot.receipt import (
     Receipt as Receipt,
 )

@@ -120,10 +120,10 @@ class Ledger:
         self._clock = 0
         commit, rollback = Admission.commit, Admission.rollback
 
-        def commit_noting(admission: Admission, *args: object, **kwargs: object) -> Publication:
-            old = commit(admission, *args, **kwargs)  # type: ignore[arg-type]
-            self._local.epoch = old.epoch + 1
-            return old
+        def commit_noting(admission: Admission, *args: object, **kwargs: object) -> tuple[Publication, Publication]:
+            old, new = commit(admission, *args, **kwargs)  # type: ignore[arg-type]
+            self._local.epoch = new.epoch
+            return old, new
 
         def rollback_noting(admission: Admission, *args: object, **kwargs: object) -> tuple[Publication, Publication]:
             old, new = rollback(admission, *args, **kwargs)  # type: ignore[arg-type]

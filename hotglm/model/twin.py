@@ -30,7 +30,7 @@ from hotglm.weights.arena import Lease
 from hotglm.weights.layout import Layout
 from hotglm.weights.workers import yield_gil
 
-__all__ = ["Twin", "copy_module", "mark_loose_tensors", "settle_in_place", "verify_copyable"]
+__all__ = ["Twin", "copy_module", "find_loose_tensors", "mark_loose_tensors", "settle_in_place", "verify_copyable"]
 
 _NUM_ATTEMPTS = 5
 """How often a copy is tried when the serving module changes a container under the copier."""
@@ -101,11 +101,16 @@ _IN_PLACE = "write buffers in place: self.table.copy_(...)."
 
 
 def mark_loose_tensors(module: nn.Module) -> Marks:
-    """Note the tensors of `module` that no file carries, as they are now, before passes run in it.
+    """Note the tensors of `module` that no file carries, as they are now, before passes run in it."""
+    return Marks(find_loose_tensors(module))
 
-    What cannot be walked is left unnoted here; the first stage that copies the module says why.
+
+def find_loose_tensors(module: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Return the tensors of `module` that no file carries: buffers that are not persistent, and unregistered ones.
+
+    What cannot be walked is left out here; the first stage that copies the module says why.
     """
     copier = Copier(module, layout=lay_out(find_state(module)), lease=None, constants=("*",), marks=None)
     with contextlib.suppress(Exception):
         copier.copy()
-    return Marks(copier.loose)
+    return tuple(copier.loose)

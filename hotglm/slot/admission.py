@@ -51,9 +51,19 @@ from torch import nn
 
 from hotglm.errors import ConflictError, NoRollbackError, ReentrantError, SlotClosedError
 from hotglm.slot.generation import Generation
+from hotglm.slot.policies import InPlaceRecord
 from hotglm.version import Version
+from hotglm.weights.exchange import Pair
 
-__all__ = ["Admission", "Expected", "HistoryEntry", "Publication"]
+__all__ = [
+    "Admission",
+    "Expected",
+    "HistoryEntry",
+    "Publication",
+    "choose_call",
+    "find_target",
+    "verify_expected",
+]
 
 Expected = int | str | Version
 """What a compare-and-set may name: a generation's number, or a version."""
@@ -95,6 +105,7 @@ class Publication:
         trial: whether the live generation still awaits `confirm()`.
         epoch: counts commits and rollbacks.
         history: the latest changes, oldest first.
+        record: how the live generation came there, where weights are swapped in place.
     """
 
     call: Callable[..., Any]
@@ -104,6 +115,35 @@ class Publication:
     trial: bool
     epoch: int
     history: tuple[HistoryEntry, ...]
+    record: InPlaceRecord | None = None
+
+    def after_commit(self, generation: Generation, *, displaced: Generation, call: Callable[..., Any]) -> Publication:
+        """Return what follows when `generation` is committed; `displaced` is the live one as it is held then."""
+        return Publication(
+            call=call,
+            generation=generation,
+            before=displaced,
+            held=(displaced, *self.held),
+            trial=True,
+            epoch=self.epoch + 1,
+            history=_append(self.history, _record("committed", self.epoch + 1, generation)),
+        )
+
+    def after_rollback(
+        self, generation: Generation, *, target: Generation, displaced: Generation, call: Callable[..., Any]
+    ) -> Publication:
+        """Return what follows when `target`, which is held, becomes live as `generation`."""
+        remaining = tuple(held for held in self.held if held is not target)
+        older = [held for held in (displaced, *remaining) if held.number < target.number]
+        return Publication(
+            call=call,
+            generation=generation,
+            before=max(older, key=lambda held: held.number, default=None),
+            held=(displaced, *remaining),
+            trial=False,
+            epoch=self.epoch + 1,
+            history=_append(self.history, _record("rolled back", self.epoch + 1, generation)),
+        )
 
 
 def choose_call(module: nn.Module) -> Callable[..., Any]:
@@ -144,8 +184,10 @@ class Admission:
             history=(entry,),
         )
 
-    def commit(self, generation: Generation, *, expected: Expected, claim: Callable[[], None]) -> Publication:
-        """Make `generation` the one that new passes see; return what was published before.
+    def commit(
+        self, generation: Generation, *, expected: Expected, claim: Callable[[], None]
+    ) -> tuple[Publication, Publication]:
+        """Make `generation` the one that new passes see; return the publications before and after.
 
         Args:
             generation: staged and proved.
@@ -160,21 +202,11 @@ class Admission:
         with self._writing():
             old = self.live
             self._verify_open()
-            _verify_expected(old.generation, expected)
-            held = (old.generation, *old.held)
-            history = _append(old.history, _record("committed", old.epoch + 1, generation))
-            new = Publication(
-                call=call,
-                generation=generation,
-                before=old.generation,
-                held=held,
-                trial=True,
-                epoch=old.epoch + 1,
-                history=history,
-            )
+            verify_expected(old.generation, expected)
+            new = old.after_commit(generation, displaced=old.generation, call=call)
             claim()
             self.live = new  # the point of no return
-            return old
+            return old, new
 
     def rollback(self, target: Expected | None, *, expected: Expected | None) -> tuple[Publication, Publication]:
         """Make a held generation live again; return the publications before and after.
@@ -192,21 +224,10 @@ class Admission:
             old = self.live
             self._verify_open()
             if expected is not None:
-                _verify_expected(old.generation, expected)
-            generation = _find_target(old, target)
-            remaining = tuple(held for held in old.held if held is not generation)
-            older = [held for held in (old.generation, *remaining) if held.number < generation.number]
-            history = _append(old.history, _record("rolled back", old.epoch + 1, generation))
+                verify_expected(old.generation, expected)
+            generation = find_target(old, target)
             call = choose_call(generation.module)
-            new = Publication(
-                call=call,
-                generation=generation,
-                before=max(older, key=lambda held: held.number, default=None),
-                held=(old.generation, *remaining),
-                trial=False,
-                epoch=old.epoch + 1,
-                history=history,
-            )
+            new = old.after_rollback(generation, target=generation, displaced=old.generation, call=call)
             self.live = new
             return old, new
 
@@ -219,7 +240,7 @@ class Admission:
         with self._writing():
             old = self.live
             if expected is not None:
-                _verify_expected(old.generation, expected)
+                verify_expected(old.generation, expected)
             if not old.trial:
                 return None
             self.live = replace(old, trial=False)
@@ -248,6 +269,46 @@ class Admission:
         with self._writing():
             was_open, self._closed = not self._closed, True
             return was_open
+
+    # What in-place swaps do otherwise (slot/in_place.py); here no pass has to be let in, and any module may be live.
+
+    def enter(self, place: str) -> tuple[object, Generation]:
+        """Return what keeps a session in its generation beside the reference to it, and the generation.
+
+        Args:
+            place: where the session was asked for.
+        """
+        del place
+        return None, self.live.generation
+
+    def leave(self) -> None:
+        """Note that a session has ended."""
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Return what a stage holds while it reads the tensors of the live module."""
+        return contextlib.nullcontext()
+
+    def admit(self, value: Any) -> Any:
+        """Return what stands for an attribute of the live module outside of it."""
+        return value
+
+    def verify_code(self, module: nn.Module) -> None:
+        """Return when code like `module` may become live, before its weights are read."""
+        del module
+
+    def pair(self, module: nn.Module, *, was_refreshed: bool) -> tuple[Pair, ...]:
+        """Return what is exchanged to make a staged module live."""
+        del module, was_refreshed
+        return ()
+
+    def wait_settled(self) -> None:
+        """Wait until no commit is under way."""
+
+    def begin_fork(self) -> None:
+        """Bring the live weights into a state in which the process can fork."""
+
+    def end_fork(self) -> None:
+        """Note that the process has forked; called in the one that goes on."""
 
     @property
     def is_closed(self) -> bool:
@@ -283,7 +344,12 @@ class Admission:
             )
 
 
-def _verify_expected(live: Generation, expected: Expected) -> None:
+def verify_expected(live: Generation, expected: Expected) -> None:
+    """Return when `expected` is the live generation.
+
+    Raises:
+        ConflictError: another one is.
+    """
     matches = live.number == expected if isinstance(expected, int) else live.version == Version(expected)
     if not matches:
         what = f"generation {expected}" if isinstance(expected, int) else f"version {expected}"
@@ -293,7 +359,12 @@ def _verify_expected(live: Generation, expected: Expected) -> None:
         )
 
 
-def _find_target(publication: Publication, target: Expected | None) -> Generation:
+def find_target(publication: Publication, target: Expected | None) -> Generation:
+    """Return the held generation that a rollback means.
+
+    Raises:
+        NoRollbackError: it is not held.
+    """
     if target is None:
         if publication.before is not None:
             return publication.before

@@ -13,11 +13,8 @@ import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
-
-from torch import nn
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from hotglm.errors import ArgumentError, HotglmError, SlotClosedError, shorten_repr
 from hotglm.events import (
@@ -32,7 +29,6 @@ from hotglm.events import (
     Subscribers,
     SupersededEvent,
 )
-from hotglm.migration.registry import Migrations
 from hotglm.model.grad_mode import GradMode
 from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, Publication
@@ -40,48 +36,25 @@ from hotglm.slot.announcing import describe_stage, name_change, note_held, refus
 from hotglm.slot.checks import StagePolicy
 from hotglm.slot.generation import Generation
 from hotglm.slot.holders import Sessions
-from hotglm.slot.memory import MemoryPolicy
+from hotglm.slot.in_place import InPlaceAdmission
+from hotglm.slot.policies import InPlace
 from hotglm.slot.receipt import Receipt
+from hotglm.slot.settings import SlotSettings, StageOptions
 from hotglm.slot.source import Source
 from hotglm.slot.spare import Spares
 from hotglm.slot.staged import RECEIPT_PARTS, Staged, StageRecord
 from hotglm.slot.stager import Stager, clear_frames
 from hotglm.slot.staging import StageRequest
-from hotglm.trust.policy import Trust
-from hotglm.version import Bump, Version
+from hotglm.version import Version
 from hotglm.weights.workers import Cancellation, yield_gil
 
-__all__ = ["SlotCore", "SlotSettings", "StageOptions"]
+__all__ = ["SlotCore"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _MAX_REFUSALS = 100
 """Texts of refusals kept for `status()`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotSettings:
-    """What a slot was made with; see `ModuleSlot`."""
-
-    name: str
-    accept: Bump
-    policy: StagePolicy
-    memory: MemoryPolicy
-    constants: tuple[str, ...]
-    refresh: Callable[[nn.Module], object] | None
-    migrations: Migrations | None = None
-    trust: Trust | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageOptions:
-    """What one stage was asked for; see `ModuleSlot.stage`."""
-
-    policy: StagePolicy | None = None
-    digests: Mapping[str, str] | None = None
-    config: Mapping[str, Any] | None = None
-    progress: Callable[[Progress], object] | None = None
 
 
 def _keeping_no_memory(method: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -106,7 +79,7 @@ class SlotCore:
     def __init__(self, first: Generation, settings: SlotSettings) -> None:
         """Publish `first`; nothing is staged."""
         self.settings = settings
-        self.admission = Admission(first, name=settings.name)
+        self.admission = _make_admission(first, settings)
         self.sessions = Sessions()
         self.subscribers = Subscribers()
         # Found while a stage has its turn, announced when it has ended.
@@ -178,7 +151,7 @@ class SlotCore:
         except HotglmError as error:
             self.add_context(error)
             raise
-        receipt = self._receipt("rolled back", old, new.generation, time.perf_counter() - started)
+        receipt = self._receipt("rolled back", old, new, time.perf_counter() - started)
         self.publish(RolledBackEvent(slot=self.settings.name, **name_change(new.generation, old.generation)))
         yield_gil()  # rollbacks in a tight loop leave passes their turns (F15 in tests/test_concurrent_updates.py)
         return receipt
@@ -241,6 +214,7 @@ class SlotCore:
     ) -> Staged:
         record = StageRecord()
         events += [*self.note_drained(), *self._supersede(source, version)]
+        self.admission.wait_settled()
         live = self.admission.live.generation
         try:
             request = self._request(source, version, options, live=live, cancellation=cancellation)
@@ -333,31 +307,39 @@ class SlotCore:
         try:
             generation = staged.generation
             target = staged.base if expected is None else expected
-            old = self.admission.commit(generation, expected=target, claim=staged.claim)
+            old, new = self.admission.commit(generation, expected=target, claim=staged.claim)
         except HotglmError as error:
+            self._unclaim(staged)
             events.append(self._refuse(error, staged, self.admission.live.generation))
             raise
         commit_s = time.perf_counter() - started
         staged.release()
-        receipt = self._receipt("committed", old, generation, commit_s, staged)
+        receipt = self._receipt("committed", old, new, commit_s, staged)
         events.append(self._committed(generation, old.generation))
         return receipt
 
+    def _unclaim(self, staged: Staged) -> None:
+        """Let a stage be committed again whose commit failed after it was claimed, with nothing changed."""
+        if self.admission.live.generation.number != staged.number:
+            staged.unclaim()
+
     def _receipt(
-        self, action: str, old: Publication, new: Generation, commit_s: float, staged: Staged | None = None
+        self, action: str, old: Publication, new: Publication, commit_s: float, staged: Staged | None = None
     ) -> Receipt:
+        live = new.generation
         parts = {} if staged is None else {name: getattr(staged, name) for name in RECEIPT_PARTS}
         return Receipt(
             action=action,
             slot=self.settings.name,
             old_version=old.generation.version,
-            new_version=new.version,
+            new_version=live.version,
             old_number=old.generation.number,
-            new_number=new.number,
-            digest=new.digest,
-            digests=dict(new.digests),  # a mapping that can be pickled, like the rest of a receipt
+            new_number=live.number,
+            digest=live.digest,
+            digests=dict(live.digests),  # a mapping that can be pickled, like the rest of a receipt
             commit_s=commit_s,
             at_s=time.time(),
+            in_place=new.record,
             **parts,
         )
 
@@ -369,6 +351,12 @@ class SlotCore:
 
     def _discarded(self, staged: Staged) -> Event:
         return DiscardedEvent(slot=self.settings.name, version=str(staged.version), number=staged.number)
+
+
+def _make_admission(first: Generation, settings: SlotSettings) -> Admission:
+    if isinstance(settings.swap, InPlace):
+        return InPlaceAdmission(first, name=settings.name, policy=settings.swap)
+    return Admission(first, name=settings.name)
 
 
 def _ignore(progress: Progress) -> None:

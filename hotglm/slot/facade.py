@@ -168,7 +168,7 @@ class ModuleFacade(nn.Module):
             raise AttributeError(name)
         if sys._getframe(1).f_globals.get("__name__") == _FUNCTIONAL_CALL:  # it asks for a part to write that part
             _refuse_write("functional_call on a slot, which writes the live module for all threads", _FUNCTIONALLY)
-        return getattr(self._live_module, name)
+        return self._admission.admit(getattr(self._live_module, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set bookkeeping names (with a leading underscore) on the slot; refuse others."""

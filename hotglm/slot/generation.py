@@ -26,6 +26,7 @@ from hotglm.version import Version
 if TYPE_CHECKING:
     from hotglm.trust.policy import Accepted
     from hotglm.weights.arena import Arena
+    from hotglm.weights.exchange import Pair
     from hotglm.weights.seals import Seal
 
 __all__ = ["TRANSITIONS", "Generation", "Retired", "State"]
@@ -79,6 +80,7 @@ class Generation:
         is_migrated: whether its tensors were brought to its code by a migration.
         seals: what stages have found out about its bytes, by name of a tensor; for the stage that has the slot's turn.
         accepted: the proof that the slot's trust accepted the release that it came from; None where there is none.
+        pairs: where weights are swapped in place, what of it is exchanged with the live module to make it live.
     """
 
     __slots__ = (
@@ -95,6 +97,7 @@ class Generation:
         "module",
         "name",
         "number",
+        "pairs",
         "seals",
         "version",
     )
@@ -116,9 +119,11 @@ class Generation:
         is_migrated: bool = False,
         seals: Mapping[str, Seal] | None = None,
         accepted: Accepted | None = None,
+        pairs: tuple[Pair, ...] = (),
     ) -> None:
         """Put the parts together; made by slots only."""
         self.accepted = accepted
+        self.pairs = pairs
         self.is_migrated = is_migrated
         self.module = module
         self.number = number
@@ -142,6 +147,26 @@ class Generation:
     def lease(self) -> Callable[[], object | None] | None:
         """What tells whether its arena is still held on its behalf (`Lease.watch`); None without an arena."""
         return self._lease
+
+    def housed_in(self, other: Generation, *, marks: Marks) -> Generation:
+        """Return the same version, in the module and memory of another generation, whose tensors now hold it."""
+        return Generation(
+            other.module,
+            number=self.number,
+            name=self.name,
+            version=self.version,
+            contract=self.contract,
+            digests=self.digests,
+            digest=self.digest,
+            arena=other.arena,
+            lease=other.lease,
+            marks=marks,
+            code_version=self.code_version,
+            is_migrated=self.is_migrated,
+            pairs=other.pairs,
+            seals=self.seals,
+            accepted=self.accepted,
+        )
 
     def __repr__(self) -> str:
         """Name the slot, the number and the version."""

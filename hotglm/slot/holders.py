@@ -18,13 +18,16 @@ import weakref
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from hotglm.errors import SlotStateError, shorten_repr
 from hotglm.slot.generation import Generation, Retired
+
+if TYPE_CHECKING:
+    from hotglm.slot.admission import Admission
 
 __all__ = ["Holder", "Session", "Sessions", "find_passes", "find_references"]
 
@@ -55,16 +58,18 @@ class Holder:
 class Session:
     """A context manager around several passes of one generation; see `ModuleSlot.acquire`."""
 
-    __slots__ = ("__weakref__", "_generation", "_sessions", "number", "place", "thread")
+    __slots__ = ("__weakref__", "_admission", "_generation", "_sessions", "_ticket", "number", "place", "thread")
 
-    def __init__(self, generation: Generation, *, sessions: Sessions) -> None:
-        """Hold `generation` from now on."""
-        self._generation: Generation | None = generation
-        self._sessions = sessions
-        self.number = generation.number
-        self.thread = threading.current_thread().name
+    def __init__(self, admission: Admission, *, sessions: Sessions) -> None:
+        """Hold the live generation from now on."""
         caller: types.FrameType | None = sys._getframe(2)
         self.place = f"{caller.f_code.co_filename}:{caller.f_lineno}" if caller else "?"
+        self._admission = admission
+        self._sessions = sessions
+        self.thread = threading.current_thread().name
+        self._generation: Generation | None
+        self._ticket, self._generation = admission.enter(self.place)
+        self.number = self._generation.number
         sessions.add(self)
 
     def __enter__(self) -> Generation:
@@ -77,8 +82,9 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         """Let the generation go."""
-        self._generation = None
+        self._generation = self._ticket = None
         self._sessions.remove(self)
+        self._admission.leave()
 
 
 class Sessions:

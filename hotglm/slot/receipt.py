@@ -13,6 +13,7 @@ from typing import Any
 
 from hotglm.problem import shorten_repr
 from hotglm.slot.memory import MemoryPlan
+from hotglm.slot.policies import InPlaceRecord
 from hotglm.verdict import Verdict
 from hotglm.version import Version
 
@@ -84,6 +85,7 @@ class Receipt:
         commit_s: time from entering the commit to the new generation being visible, in seconds.
         at_s: wall-clock time, seconds since 1970.
         code: error code of a refusal, else empty.
+        in_place: where the slot swaps in place, what that did and what was compared afterwards.
     """
 
     action: str
@@ -109,6 +111,7 @@ class Receipt:
     commit_s: float = 0.0
     at_s: float = 0.0
     code: str = ""
+    in_place: InPlaceRecord | None = None
 
     @property
     def stage_s(self) -> float:
@@ -131,6 +134,7 @@ class Receipt:
             "timings": [dataclasses.asdict(timing) for timing in self.timings],
             "verdict": None if self.verdict is None else self.verdict.explain(),
             "plan": None if self.plan is None else self.plan.explain(),
+            "in_place": None if self.in_place is None else dataclasses.asdict(self.in_place),
         }
         return plain
 
@@ -144,6 +148,7 @@ class Receipt:
             lines.append(f"  staged from {self.source} in {self.stage_s * 1e3:.1f} ms: {parts}")
         lines += [f"  weights: {origins}"] if (origins := self.origins.explain()) else []
         lines += [f"  migrated: {line}" for line in self.migration]
+        lines += [f"  {self.in_place.explain()}"] if self.in_place else []
         lines += [f"  digest {self.digest}"] if self.digest else []
         lines += [f"  proved: {', '.join(self.checks)}"] if self.checks else []
         lines += [f"  compiled: {self.recompiles}"] if self.recompiles else []

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import pickle
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from hotglm.errors import ArgumentError, SlotStateError
+from hotglm.errors import SlotStateError
 from hotglm.events import Event
 from hotglm.migration.registry import Migrations
 from hotglm.model.compilations import listen
@@ -31,13 +28,16 @@ from hotglm.model.registry import find_definition
 from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, HistoryEntry
 from hotglm.slot.checks import StagePolicy, promise_outputs
-from hotglm.slot.core import SlotCore, SlotSettings, StageOptions
+from hotglm.slot.core import SlotCore
 from hotglm.slot.facade import ModuleFacade
+from hotglm.slot.forking import follow_forks
 from hotglm.slot.generation import Generation, State
 from hotglm.slot.holders import Holder, Session
 from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.observer import find_holders, read_status, wait_drained
+from hotglm.slot.policies import Flip, InPlace
 from hotglm.slot.receipt import Receipt
+from hotglm.slot.settings import SlotSettings, StageOptions, verify_settings
 from hotglm.slot.source import Source
 from hotglm.slot.staged import Staged
 from hotglm.slot.status import Status
@@ -54,6 +54,7 @@ class ModuleSlot(ModuleFacade):
     call any method; passes take no lock and never wait for an update.
 
     Example:
+        >>> import torch
         >>> slot = ModuleSlot(nn.Linear(2, 2), name="ranker", version="1.0.0")
         >>> receipt = slot.update({"weight": torch.eye(2), "bias": torch.zeros(2)}, version="1.0.1")
         >>> slot(torch.ones(2)).tolist(), str(slot.version)
@@ -75,6 +76,7 @@ class ModuleSlot(ModuleFacade):
         refresh: Callable[[nn.Module], object] | None = None,
         migrations: Migrations | None = None,
         trust: Trust | None = None,
+        swap: Flip | InPlace | None = None,
     ) -> None:
         """Take `module` over and make it the first generation.
 
@@ -94,12 +96,21 @@ class ModuleSlot(ModuleFacade):
                 default those of the class, if it has any.
             trust: what must accept a path before it is staged (`hotglm.open_trust`); then only signed releases are.
                 What is handed over in memory, mappings and modules, is the host's own. The slot asks in its own name.
+            swap: `InPlace()` for a module whose tensors must stay where they are; by default `Flip()`.
 
         Raises:
             ModuleError: the module holds something no slot can hold; everything is named.
             ArgumentError: `version` or `accept` cannot be meant.
         """
-        _verify_settings(name=name, policy=policy, memory=memory, refresh=refresh, migrations=migrations, trust=trust)
+        verify_settings(
+            name=name,
+            policy=policy,
+            memory=memory,
+            refresh=refresh,
+            migrations=migrations,
+            trust=trust,
+            swap=swap,
+        )
         module = settle(module)
         listen()
         contract = promise_outputs(contract_of(module), policy or StagePolicy(), live=None)
@@ -115,6 +126,7 @@ class ModuleSlot(ModuleFacade):
             refresh=refresh,
             migrations=migrations,
             trust=None if trust is None else trust.for_slot(label),
+            swap=swap or Flip(),
         )
         code_version = definition.version if definition else parsed
         core = SlotCore(
@@ -124,7 +136,7 @@ class ModuleSlot(ModuleFacade):
         # Set as bookkeeping, not by nn.Module, which would register parts (see ModuleFacade).
         self._core = core
         self._admission = core.admission  # one attribute less on the way of a pass
-        _slots.add(self)
+        follow_forks(core)
 
     _core: SlotCore
     _admission: Admission
@@ -141,7 +153,7 @@ class ModuleSlot(ModuleFacade):
         Enter it once. Its memory is not reused until the session exits and everything taken from it is gone; use the
         generation's number in the key of anything cached from it.
         """
-        return Session(self._admission.live.generation, sessions=self._core.sessions)
+        return Session(self._admission, sessions=self._core.sessions)
 
     @property
     def live(self) -> Generation:
@@ -323,6 +335,7 @@ class ModuleSlot(ModuleFacade):
             "refresh": settings.refresh,
             "migrations": settings.migrations,
             "trust": settings.trust,
+            "swap": settings.swap,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSlot:
@@ -346,47 +359,7 @@ class ModuleSlot(ModuleFacade):
             return (_rebuild, (module, self._options(), (str(generation.code_version), generation.is_migrated)))
 
 
-def _verify_settings(
-    *, name: object, policy: object, memory: object, refresh: object, migrations: object, trust: object
-) -> None:
-    wrong = [
-        *(["name"] if name is not None and not (isinstance(name, str) and name) else []),
-        *(["policy"] if policy is not None and not isinstance(policy, StagePolicy) else []),
-        *(["memory"] if memory is not None and not isinstance(memory, MemoryPolicy) else []),
-        *(["refresh"] if refresh is not None and not callable(refresh) else []),
-        *(["migrations"] if migrations is not None and not isinstance(migrations, Migrations) else []),
-        *(["trust"] if trust is not None and not isinstance(trust, Trust) else []),
-    ]
-    if wrong:
-        raise ArgumentError(
-            f"Expected settings of a slot that can be meant, got bad {', '.join(wrong)}.",
-            remedy="name is text, policy a StagePolicy, memory a MemoryPolicy, refresh a function of a module, "
-            "migrations a Migrations, trust what open_trust returns.",
-        )
-
-
 def _rebuild(module: bytes, options: dict[str, Any], code: tuple[str, bool]) -> ModuleSlot:
     slot = ModuleSlot(pickle.loads(module), **options)  # noqa: S301 - part of a pickle that is being read already
     slot.live.code_version, slot.live.is_migrated = Version(code[0]), code[1]
     return slot
-
-
-_slots: weakref.WeakSet[ModuleSlot] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    """Make every slot usable in a forked child: its locks may be held by threads that do not exist here.
-
-    A child of a process that has run torch in parallel hangs in its first matrix product, because OpenMP waits for
-    worker threads that were not forked. One thread needs no workers, so the child computes with one; it may raise the
-    number again once it knows that the parent had none.
-    """
-    slots = list(_slots)
-    for slot in slots:
-        slot._core.reset_after_fork()
-    if slots:
-        torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -153,6 +153,13 @@ class Staged:
             raise self._spent()
         self._state, self._reason = State.LIVE_ON_TRIAL, "was committed already"
 
+    def unclaim(self) -> None:
+        """Take the claim back: the commit failed and has changed nothing, so it may be tried again."""
+        generation = self._generation
+        if self._state is State.LIVE_ON_TRIAL and generation is not None:
+            self._state, self._reason = State.STAGED, "has ended"
+            self._token.append(generation.number)
+
     def release(self) -> None:
         """Let go of the generation after the commit, so that keeping this object keeps no memory."""
         self._generation = None

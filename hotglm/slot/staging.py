@@ -40,6 +40,7 @@ from hotglm.model.twin import Twin, copy_module, settle_in_place, verify_copyabl
 from hotglm.problem import describe_exception
 from hotglm.progress import Progress
 from hotglm.release.environment import read_environment
+from hotglm.slot.admission import Admission
 from hotglm.slot.checks import COMPILES_LATER, StagePolicy, promise_outputs, run_checks
 from hotglm.slot.code import Code, Question, choose_code
 from hotglm.slot.generation import Generation
@@ -83,7 +84,7 @@ class StageRequest:
     mode: GradMode
     live: Generation
     number: int
-    owner: object
+    owner: Admission
     cancellation: Cancellation
     report: Callable[[Progress], object]
     on_discard: Callable[[Staged], object]
@@ -131,7 +132,7 @@ class _Stage:
             taken = self._spares.take(record.plan, cancellation=cancellation)
             if taken.is_fresh:
                 self._populate(taken.arena)
-        with record.timed("copy"):
+        with self._request.owner.reading(), record.timed("copy"):
             twin = copy_module(
                 code.module, layout=layout, lease=taken.lease, constants=self._constants(), marks=code.marks
             )
@@ -169,6 +170,7 @@ class _Stage:
                 converts_dtypes=request.policy.convert_dtypes,
             )
         )
+        request.owner.verify_code(code.module)
         offer = self._offer = code.offer
         self._record.migration = offer.migration.lines if offer.migration is not None else ()
         live = None if code.is_new else request.live.contract
@@ -289,6 +291,7 @@ class _Stage:
         record.checks = (*values, *proved)
         digest = self._combine(twin, loaded)
         record.version = self._name_version(digest, code)
+        pairs = request.owner.pair(twin.module, was_refreshed=bool(record.refreshed))
         return Generation(
             twin.module,
             number=request.number,
@@ -304,6 +307,7 @@ class _Stage:
             is_migrated=code.offer.migration is not None,
             seals={name: seal for name, seal in loaded.seals.items() if seal.digest == loaded.digests.get(name)},
             accepted=code.offer.accepted,
+            pairs=pairs,
         )
 
     def _refresh(self, twin: Twin, loaded: Loaded) -> None:

@@ -9,7 +9,9 @@ import torch
 
 import hotglm
 from hotglm.slot.admission import Admission
+from hotglm.slot.gate import Closing, Gate, Mark, Ticket
 from hotglm.slot.generation import Retired
+from hotglm.slot.in_place import InPlaceAdmission
 from hotglm.slot.memory import ArenaPool
 from hotglm.slot.spare import Spares
 from hotglm.weights.arena import Arena, Lease
@@ -164,3 +166,60 @@ class ReaderPreferringLock:
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
+
+
+class PlainGate(Gate):
+    """A gate without slots, whose methods can be replaced."""
+
+
+def plant_gate(slot: hotglm.ModuleSlot) -> PlainGate:
+    """Give a slot that swaps in place, before its first pass, a gate that can be broken; return it."""
+    admission = slot._admission
+    assert isinstance(admission, InPlaceAdmission)
+    admission.gate = gate = PlainGate()
+    admission.refresh_call()
+    return gate
+
+
+class OpenGate(SlotEngine):
+    """Bug: the gate opens as soon as nobody is inside, and the bytes are written after that."""
+
+    def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
+        super().__init__(version, boundary=boundary, swap=hotglm.InPlace())
+        gate = plant_gate(self.slot)
+        wait_empty = gate.wait_empty
+
+        def wait_and_open(closing: Closing, *, timeout_s: float, give_up: Callable[[], bool]) -> bool:
+            found = wait_empty(closing, timeout_s=timeout_s, give_up=give_up)
+            gate.open(closing)
+            return found
+
+        gate.wait_empty = wait_and_open  # type: ignore[method-assign]
+
+
+class NoWait(SlotEngine):
+    """Bug: newcomers are held back, but nobody waits for those inside."""
+
+    def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
+        super().__init__(version, boundary=boundary, swap=hotglm.InPlace())
+        plant_gate(self.slot).wait_empty = lambda closing, **options: True  # type: ignore[method-assign]
+
+
+class LookFirst(SlotEngine):
+    """Bug: a pass looks whether the gate is closing, and only then says that it is inside."""
+
+    def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
+        super().__init__(version, boundary=boundary, swap=hotglm.InPlace())
+        plant_gate(self.slot).enter = self._enter  # type: ignore[method-assign]
+
+    def _enter(self) -> Ticket:
+        admission = self.slot._admission
+        assert isinstance(admission, InPlaceAdmission)
+        gate = admission.gate
+        while gate.closing is not None:
+            gate._wait_until_open()
+        ticket = Ticket()
+        mark = ticket.mark = Mark(ticket, gate._inside.discard)
+        mark.thread, mark.since_s, mark.what = threading.get_ident(), 0.0, "pass"
+        gate._inside.add(mark)
+        return ticket

@@ -100,11 +100,17 @@ class SlotEngine:
         boundary: Callable[[int], object] | None = None,
         memory: hotglm.MemoryPolicy | None = None,
         after_update: Callable[[hotglm.ModuleSlot], object] | None = None,
+        swap: hotglm.Flip | hotglm.InPlace | None = None,
     ) -> None:
         # Two arenas and no third: the tightest memory, in which every update reuses what passes have just left.
         policy = memory or hotglm.MemoryPolicy(small_nbytes=0)
         self.slot = hotglm.ModuleSlot(
-            Oracle(version, boundary=boundary), name="oracle", version=name_version(version), policy=LEAN, memory=policy
+            Oracle(version, boundary=boundary),
+            name="oracle",
+            version=name_version(version),
+            policy=LEAN,
+            memory=policy,
+            swap=swap,
         )
         self.call = self.slot.__call__
         self.num_updates = self.num_rollbacks = 0

@@ -1,0 +1,254 @@
+"""The gate of a slot whose weights are written in place: passes go in and out, and a commit runs while none is inside.
+
+The other hard file where threads meet; what it claims is C14 to C20 in docs/concurrency.md.
+
+[Note: gate]
+**A pass is inside for as long as its ticket lives.** The ticket is a local variable of the call, and the gate holds a
+weak reference to it in the set `_inside`. When the ticket goes, by `del`, by an exception, with a thread or a dropped
+session, CPython calls the reference's callback, `set.discard`, which is C. So there is no count that an interrupt could
+leave one too high (tests/test_in_place_faults.py interrupts at every point of a pass).
+
+**Who goes first.** A pass adds its mark, then looks whether the gate is closing. A commit closes the gate, then looks
+whether any mark is there. Both orders are those of the program, so at least one of the two sees the other: either the
+commit waits for the pass, or the pass takes its mark back and waits for the commit. This needs more than R1: that
+stores and loads of different objects are seen in one order by all threads. With the GIL they are.
+
+**Nobody starves.** From the moment the gate is closing, no new pass is let in, but for those that a pass inside is
+waiting for (below). What the commit waits for is therefore what was inside when it came (P4), and a pass waits for
+those and for the copying.
+
+**Passes inside passes.** A thread that is inside is let in again, whatever the gate does: holding it back would make
+it wait for itself (F16). So is a task whose context has an open session, in whatever thread it runs, because
+`asyncio.to_thread` carries the context over. The new mark is added before the question whether the older one is still
+there, so at no time is neither of the two there.
+
+**The last to leave wakes the commit,** which has its thread and everything it needs ready. It does not run in the
+leaving thread, because that may be the main thread, where Ctrl-C would cut a copy in two; see
+docs/adr/0014-gate.md. A wake-up that an interrupt swallows is made up for by a short poll.
+
+Rejected: a reader-writer lock of `threading` primitives (an interrupt between `acquire` and `try` leaves it locked);
+a count under a lock (the same, and every pass would take it twice).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import queue
+import sys
+import threading
+import time
+import traceback
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from hotglm.errors import SlotStateError
+
+__all__ = ["Closing", "Gate", "Ticket"]
+
+_POLL_S = 0.005
+"""How soon a commit looks again where the wake-up of the last pass was lost."""
+
+_SLICE_S = 0.05
+"""How often a pass that is held back looks whether anybody is left to open the gate."""
+
+_sessions: contextvars.ContextVar[tuple[Mark, ...]] = contextvars.ContextVar("hotglm_sessions", default=())
+"""The marks of the sessions that the running task or thread has entered, of whatever slot."""
+
+
+class Ticket:
+    """Keeps one pass or session inside a gate, for as long as it lives."""
+
+    __slots__ = ("__weakref__", "mark")
+    mark: Mark
+
+
+class Mark(weakref.ref[Ticket]):
+    """What a gate knows of a ticket: the thread it was given to, since when, and what it is for."""
+
+    __slots__ = ("since_s", "thread", "what")
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    thread: int
+    since_s: float
+    what: str
+
+
+class Closing:
+    """One commit's turn at a gate."""
+
+    __slots__ = ("_opened", "_wakes", "is_torn", "worker")
+
+    def __init__(self, worker: threading.Thread) -> None:
+        """Begin the turn of `worker`, which alone opens the gate again, unless it dies.
+
+        `is_torn` is for it to set while the live weights are not those of one version.
+        """
+        self.worker = worker
+        self.is_torn = False
+        self._opened = threading.Event()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # `put` is safe in finalisers and signal handlers
+
+    def wake(self) -> None:
+        """Have the commit look again whether the gate is empty."""
+        self._wakes.put(None)
+
+    def wait_for_wake(self, timeout_s: float) -> None:
+        """Wait until a pass has left, or for a moment."""
+        with contextlib.suppress(queue.Empty):
+            self._wakes.get(timeout=min(_POLL_S, timeout_s))
+
+    def wait_opened(self) -> bool:
+        """Wait for the commit's end; return whether it came, and not only a moment passed."""
+        return self._opened.wait(_SLICE_S)
+
+    def end(self) -> None:
+        """Let everybody go on who waits for the end of it."""
+        self._opened.set()
+
+
+class Gate:
+    """Who is inside, and whether a commit holds newcomers back. Any thread may call any method."""
+
+    __slots__ = ("_inside", "closing")
+
+    def __init__(self) -> None:
+        """Start open and empty."""
+        self._inside: set[Mark] = set()
+        self.closing: Closing | None = None
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def enter(self) -> Ticket:
+        """Return the ticket of a pass, once no commit holds it back; it is inside until the ticket is dropped.
+
+        Raises:
+            SlotStateError: a commit failed and could not be undone, so that there is nothing whole to run.
+        """
+        while True:
+            ticket = Ticket()
+            mark = ticket.mark = Mark(ticket, self._inside.discard)
+            mark.thread, mark.since_s, mark.what = threading.get_ident(), time.monotonic(), "pass"
+            try:
+                if self.closing is None or self._has_older(mark):
+                    self._inside.add(mark)
+                    # Asked after the mark is there: see [Note: gate].
+                    if self.closing is None or self._has_older(mark):
+                        return ticket
+                del ticket
+                self._wait_until_open()
+            except BaseException:
+                ticket = mark = None  # type: ignore[assignment]  # a kept traceback must not keep it inside
+                raise
+
+    def enter_session(self, place: str) -> Ticket:
+        """Return the ticket of a session, during which the task it is opened in, in any thread, is inside.
+
+        Args:
+            place: where it was asked for.
+        """
+        ticket = self.enter()
+        ticket.mark.what = f"session acquired at {place}"
+        _sessions.set((*(mark for mark in _sessions.get() if mark() is not None), ticket.mark))
+        return ticket
+
+    def leave(self) -> None:
+        """Tell a commit that waits that a ticket was dropped just now."""
+        closing = self.closing
+        if closing is not None:
+            closing.wake()
+
+    def is_inside(self) -> bool:
+        """Whether the calling thread or task is inside, so that a commit would wait for it for ever."""
+        return self._has_older(None)
+
+    def _has_older(self, own: Mark | None) -> bool:
+        thread, sessions = threading.get_ident(), _sessions.get()
+        marks = self._inside.copy()
+        return any(m is not own and (m.thread == thread or m in sessions) and m() is not None for m in marks)
+
+    def _wait_until_open(self) -> None:
+        closing = self.closing
+        if closing is None:
+            return
+        closing.wake()
+        while self.closing is closing:
+            if not closing.wait_opened() and closing.worker.is_alive():
+                continue
+            self.open(closing)  # again, if need be: its thread may have died on the way
+            if self.closing is closing:
+                _refuse_torn()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Be inside for the length of a block, as a pass is."""
+        ticket = self.enter()
+        try:
+            yield
+        finally:
+            del ticket
+            self.leave()
+
+    # -- commits -------------------------------------------------------------------------------------------------------
+
+    def close(self, closing: Closing) -> None:
+        """Hold newcomers back from now on."""
+        self.closing = closing
+
+    def open(self, closing: Closing) -> None:
+        """Let everybody in again, unless what they would meet is half written."""
+        if not closing.is_torn and self.closing is closing:
+            self.closing = None
+        closing.end()
+
+    def count_inside(self) -> int:
+        """Return how many passes and sessions are inside."""
+        return len(self._inside)
+
+    def wait_empty(self, closing: Closing, *, timeout_s: float, give_up: Callable[[], bool]) -> bool:
+        """Wait until nobody is inside; return whether that came to be. Newcomers are held back already.
+
+        Args:
+            closing: the turn of the commit that waits.
+            timeout_s: how long, in seconds.
+            give_up: asked now and then whether there is still a reason to wait.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self._inside:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or give_up():
+                return False
+            closing.wait_for_wake(left_s)
+        return True
+
+    def describe_inside(self) -> tuple[str, ...]:
+        """Return one text for each pass or session inside, with the stack of its thread."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        marks = sorted(self._inside.copy(), key=lambda mark: mark.since_s)
+        now = time.monotonic()
+        frames = sys._current_frames()
+        try:
+            return tuple(_describe(mark, names.get(mark.thread), frames.get(mark.thread), now) for mark in marks)
+        finally:
+            frames.clear()
+
+    def reset_after_fork(self) -> None:
+        """Forget the passes of threads that do not exist in a forked child, and any commit."""
+        thread = threading.get_ident()
+        self._inside.difference_update({mark for mark in self._inside.copy() if mark.thread != thread})
+        self.closing = None
+
+
+def _describe(mark: Mark, name: str | None, frame: types.FrameType | None, now: float) -> str:
+    where = f"thread {name!r}" if name is not None else "a thread that has ended"
+    stack = "" if frame is None else "\n" + "".join(traceback.format_stack(frame, limit=12))
+    return f"{mark.what} of {where}, inside for {now - mark.since_s:.1f} s{stack}"
+
+
+def _refuse_torn() -> NoReturn:
+    raise SlotStateError(
+        "Expected weights of one version, got a commit that failed and could not be undone.",
+        remedy="end this process; what is on disk is as it was.",
+    )

@@ -1,0 +1,364 @@
+"""Commits that write the live weights where they are: by whom, when, and what happens if it fails.
+
+Rules this module keeps:
+
+- Everything that can be refused is refused before the gate closes, and everything that is needed is made by then:
+  pairs, views, buffers, the thread. While it is closed only copies are made, and compared.
+- A commit runs in a thread of its own, which no signal reaches. Its caller waits, and may stop waiting; a commit that
+  has begun to write then still ends.
+- The order is: close, wait until empty, claim, exchange, compare, publish, open. A failure before the exchange changes
+  nothing. A failure in it is undone, before the gate opens; a failure to undo leaves the gate shut for ever, because
+  nothing is served rather than a mixture (`Closing.is_torn`).
+- The exchange leaves the old weights where the staged ones were, so a rollback is the same exchange, with no other
+  memory (P8, P9).
+- Commits and rollbacks come one after the other; what a stage takes for its spare is never what one of them is using.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from hotglm.errors import DrainTimeoutError, Problem, ReentrantError, StageFailedError, UnswappableError
+from hotglm.model.derived import Marks
+from hotglm.model.pairing import find_moved, pair_states, read_addresses
+from hotglm.model.twin import find_loose_tensors
+from hotglm.problem import HotglmError, describe_exception
+from hotglm.slot.admission import Admission, Expected, Publication, choose_call, find_target, verify_expected
+from hotglm.slot.gate import Closing, Gate, Ticket
+from hotglm.slot.generation import Generation
+from hotglm.slot.passage import admit
+from hotglm.slot.policies import InPlace, InPlaceRecord
+from hotglm.weights.digest import digest_tensor
+from hotglm.weights.exchange import Exchange, Pair
+from hotglm.weights.workers import start_thread
+
+__all__ = ["InPlaceAdmission"]
+
+_SIGNAL_S = 0.25
+"""How long a caller waits at a time, so that a Ctrl-C is not late (as in slot/stager.py)."""
+
+
+Publications = tuple[Publication, Publication]
+"""What was published before a change, and after it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Change:
+    """What one commit or rollback is to do, and what it comes to.
+
+    Attributes:
+        choose: called under the writers' lock with what is published; returns the generation to be made live, or
+            raises.
+        claim: called when nobody is inside, right before the first byte; raises when it is no longer wanted.
+        follow: makes the next publication of the latest one, the new live generation and the displaced one.
+        outcome: set right before the store.
+    """
+
+    choose: Callable[[Publication], Generation]
+    claim: Callable[[], None]
+    follow: Callable[[Publication, Generation, Generation], Publication]
+    outcome: Publications | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What is made before the gate closes.
+
+    Attributes:
+        generation: staged or held; its tensors have the bytes that are to be live.
+        exchange: of them with the live ones.
+        digests: of derived tensors among them.
+        loose: tensors of the live module that are neither parameters nor buffers that files carry.
+    """
+
+    generation: Generation
+    exchange: Exchange
+    digests: dict[str, str]
+    loose: tuple[Any, ...]
+
+
+class InPlaceAdmission(Admission):
+    """The publication of a slot whose live module never changes, and the gate in front of it."""
+
+    __slots__ = ("_addresses", "_changing", "_policy", "_writing_bytes", "gate")
+
+    def __init__(self, generation: Generation, *, name: str, policy: InPlace) -> None:
+        """Publish the first generation; where its tensors lie is noted."""
+        super().__init__(generation, name=name)
+        self.gate = Gate()
+        self._policy = policy
+        self._changing = threading.Lock()
+        self._writing_bytes = threading.Lock()
+        self._addresses = read_addresses(generation.module)
+        self.live = replace(self.live, call=self._admit_module(generation.module))
+
+    # -- passes and stages ---------------------------------------------------------------------------------------------
+
+    def enter(self, place: str) -> tuple[Ticket, Generation]:
+        """Let a session in; see `Admission.enter`."""
+        return self.gate.enter_session(place), self.live.generation
+
+    def leave(self) -> None:
+        """Wake a commit that waits for the last session."""
+        self.gate.leave()
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Be inside, as a pass is, while a stage reads the live tensors."""
+        return self.gate.reading()
+
+    def admit(self, value: Any) -> Any:
+        """Return a method of the live module with a pass around it, and anything else as it is."""
+        is_method = isinstance(value, MethodType) and isinstance(value.__self__, nn.Module)
+        return admit(self.gate, value) if is_method else value
+
+    def refresh_call(self) -> None:
+        """Choose the call of the live module anew, after it was compiled in place."""
+        with self._writing():
+            self.live = replace(self.live, call=self._admit_module(self.live.generation.module))
+
+    def _admit_module(self, module: nn.Module) -> Callable[..., Any]:
+        return admit(self.gate, choose_call(module), like=module.forward)
+
+    def verify_code(self, module: nn.Module) -> None:
+        """Refuse other code than that of the live module.
+
+        Raises:
+            UnswappableError: it is another module, or live tensors are not where they were.
+        """
+        live = self.live.generation.module
+        if module is not live:
+            raise UnswappableError(
+                f"Expected weights for the code that is live, got {type(module).__name__} as new code or config.",
+                remedy="pass a module's state_dict() for its weights alone; new code needs swap=hotglm.Flip().",
+            )
+        self._verify_addresses(live)
+
+    def pair(self, module: nn.Module, *, was_refreshed: bool) -> tuple[Pair, ...]:
+        """Return what is exchanged between the live module and a staged twin of it.
+
+        Raises:
+            UnswappableError: it differs in more than the bytes of its tensors.
+        """
+        live = self.live.generation.module
+        loose = find_loose_tensors(live) if was_refreshed else ()
+        return pair_states(live, module, was_refreshed=was_refreshed, loose=loose)
+
+    def wait_settled(self) -> None:
+        """Wait until no commit is under way: what it uses is in nobody's list until it has ended."""
+        with self._changing:
+            pass
+
+    # -- commits -------------------------------------------------------------------------------------------------------
+
+    def commit(self, generation: Generation, *, expected: Expected, claim: Callable[[], None]) -> Publications:
+        """Exchange the weights between two passes; see `Admission.commit`.
+
+        Raises:
+            ConflictError: another generation is live.
+            SlotClosedError: the slot was closed.
+            ReentrantError: the calling thread or task is inside a pass or session of this slot.
+            DrainTimeoutError: passes did not end in time; they are named.
+            UnswappableError: live tensors are not where they were.
+        """
+
+        def choose(old: Publication) -> Generation:
+            verify_expected(old.generation, expected)
+            return generation
+
+        def follow(old: Publication, new: Generation, displaced: Generation) -> Publication:
+            return old.after_commit(new, displaced=displaced, call=old.call)
+
+        return self._change(Change(choose=choose, claim=claim, follow=follow))
+
+    def rollback(self, target: Expected | None, *, expected: Expected | None) -> Publications:
+        """Exchange the weights back; see `Admission.rollback`.
+
+        Raises:
+            NoRollbackError: that generation is not held.
+            ConflictError, SlotClosedError, ReentrantError, DrainTimeoutError, UnswappableError: as `commit`.
+        """
+        held: list[Generation] = []
+
+        def choose(old: Publication) -> Generation:
+            if expected is not None:
+                verify_expected(old.generation, expected)
+            held[:] = [find_target(old, target)]
+            return held[0]
+
+        def follow(old: Publication, new: Generation, displaced: Generation) -> Publication:
+            return old.after_rollback(new, target=held[0], displaced=displaced, call=old.call)
+
+        return self._change(Change(choose=choose, claim=_claim_nothing, follow=follow))
+
+    def retire(self, generation: Generation) -> bool:
+        """Stop holding `generation`, once no rollback to it is under way; return whether it was held."""
+        with self._changing:
+            return super().retire(generation)
+
+    def close(self) -> bool:
+        """Refuse commits from now on, once one that is under way has ended; return whether that is new."""
+        with self._changing:
+            return super().close()
+
+    def begin_fork(self) -> None:
+        """Wait until no byte is being written, so that no child gets half a version; until `end_fork` none is."""
+        self._writing_bytes.acquire()
+
+    def end_fork(self) -> None:
+        """Let commits go on in the process that has forked."""
+        self._writing_bytes.release()
+
+    def reset_lock_after_fork(self) -> None:
+        """Replace the locks in a forked child, and forget the passes of threads that do not exist there."""
+        super().reset_lock_after_fork()
+        self._changing = threading.Lock()
+        self._writing_bytes = threading.Lock()
+        self.gate.reset_after_fork()
+
+    # -- one change ----------------------------------------------------------------------------------------------------
+
+    def _change(self, change: Change) -> Publications:
+        if self.gate.is_inside():
+            raise ReentrantError(
+                "Expected a commit in place from outside the slot's passes, got one from inside a pass or session.",
+                remedy="let the pass or session end, and commit afterwards or from another thread.",
+            )
+        failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        unwanted = threading.Event()
+        work = functools.partial(self._work, change, unwanted, failures)
+        try:
+            thread = start_thread(work, name=f"hotglm-commit-{self.name}")
+            while thread.is_alive():
+                thread.join(_SIGNAL_S)
+        except BaseException:
+            unwanted.set()
+            self.wait_settled()  # what has begun to write goes on to its end; what has not stops at once
+            raise
+        if change.outcome is not None and self.live.epoch >= change.outcome[1].epoch:
+            return change.outcome
+        with contextlib.suppress(queue.Empty):
+            raise failures.get_nowait()
+        raise StageFailedError("Expected weights to be exchanged, got a thread that died.", remedy=_AGAIN)
+
+    def _work(self, change: Change, unwanted: threading.Event, failures: queue.SimpleQueue[BaseException]) -> None:
+        try:
+            with self._changing:
+                if not unwanted.is_set():
+                    self._change_now(change, unwanted)
+        except HotglmError as failure:
+            failures.put(failure)
+        except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
+            text = f"Expected weights to be exchanged, got {describe_exception(failure)}."
+            typed = StageFailedError(text, remedy=_AGAIN)
+            typed.__cause__ = failure
+            failures.put(typed)
+
+    def _change_now(self, change: Change, unwanted: threading.Event) -> None:
+        with self._writing():
+            self._verify_open()
+            generation = change.choose(self.live)
+        ready = self._prepare(generation)
+        closing = Closing(threading.current_thread())
+        started = time.perf_counter()
+        try:
+            self.gate.close(closing)
+            num_inside = self.gate.count_inside()
+            self._wait_until_empty(closing, unwanted)
+            waited = time.perf_counter()
+            change.claim()
+            self._exchange(change, ready, closing, started=started, waited=waited, num_inside=num_inside)
+        finally:
+            self.gate.open(closing)
+
+    def _prepare(self, generation: Generation) -> Ready:
+        module = self.live.generation.module
+        self._verify_addresses(module)
+        return Ready(
+            generation=generation,
+            exchange=Exchange(generation.pairs, num_threads=self._policy.num_threads),
+            digests={pair.name: digest_tensor(pair.image) for pair in generation.pairs if pair.is_derived},
+            loose=find_loose_tensors(module),
+        )
+
+    def _wait_until_empty(self, closing: Closing, unwanted: threading.Event) -> None:
+        timeout_s = self._policy.timeout_s
+        if self.gate.wait_empty(closing, timeout_s=timeout_s, give_up=unwanted.is_set) and not unwanted.is_set():
+            return
+        inside = self.gate.describe_inside()
+        raise DrainTimeoutError(
+            f"Expected passes and sessions to end within {timeout_s} s of a commit in place, got {len(inside)} that "
+            f"did not.\n" + "\n".join(inside).rstrip(),
+            remedy="commit again when they have ended, or raise InPlace.timeout_s; nothing has changed.",
+        )
+
+    def _exchange(
+        self, change: Change, ready: Ready, closing: Closing, *, started: float, waited: float, num_inside: int
+    ) -> None:
+        """Write, compare and publish; whatever fails before the store is undone."""
+        epoch = self.live.epoch
+        with self._writing_bytes:
+            closing.is_torn = True  # until one version is whole again: the new one, or the old one
+            try:
+                ready.exchange.run()
+                copied = time.perf_counter()
+                record = self._record(ready, num_inside=num_inside, waited_s=waited - started, copied_s=copied - waited)
+                self._publish(change, ready, replace(record, closed_s=copied - started))
+            finally:
+                if self.live.epoch == epoch:
+                    ready.exchange.undo()
+                closing.is_torn = False
+
+    def _publish(self, change: Change, ready: Ready, record: InPlaceRecord) -> None:
+        before = self.live.generation
+        live = ready.generation.housed_in(before, marks=Marks(ready.loose))
+        displaced = before.housed_in(ready.generation, marks=Marks(()))
+        with self._writing():
+            old = self.live  # confirmed since, or with a rollback target less; no other generation
+            new = replace(change.follow(old, live, displaced), record=record)
+            change.outcome = (old, new)
+            self.live = new  # the point of no return
+
+    def _record(self, ready: Ready, *, num_inside: int, waited_s: float, copied_s: float) -> InPlaceRecord:
+        pairs = ready.generation.pairs
+        module = self.live.generation.module
+        addresses = read_addresses(module)
+        derived = [pair for pair in pairs if pair.is_derived]
+        return InPlaceRecord(
+            num_tensors=len(pairs),
+            nbytes=ready.exchange.nbytes,
+            buffer_nbytes=ready.exchange.buffer_nbytes,
+            num_waited_for=num_inside,
+            waited_s=waited_s,
+            closed_s=0.0,
+            copied_s=copied_s,
+            num_storages=len({storage for _, storage, nbytes in addresses.values() if nbytes}),
+            moved=find_moved(self._addresses, addresses),
+            derived=tuple(pair.name for pair in derived),
+            stale=tuple(pair.name for pair in derived if digest_tensor(pair.live) != ready.digests[pair.name]),
+        )
+
+    def _verify_addresses(self, module: nn.Module) -> None:
+        moved = find_moved(self._addresses, read_addresses(module))
+        if moved:
+            raise UnswappableError(
+                "Expected the tensors of the live module to be where they were when the slot was made.",
+                problems=[Problem(code="CANNOT_SWAP", message="Moved, replaced, new or gone", tensor=n) for n in moved],
+                remedy="write parameters and buffers in place instead of assigning new ones, or make a new slot.",
+            )
+
+
+_AGAIN = "commit again; if the slot answers, nothing has changed."
+
+
+def _claim_nothing() -> None:
+    """Let a rollback through: what it goes to is held, and nobody can discard it."""

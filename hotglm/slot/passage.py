@@ -1,0 +1,89 @@
+"""Calls into a live module whose weights are written in place: each is a pass, inside the gate from start to end.
+
+Rules this module keeps: a generator or coroutine is inside for as long as it runs, not only while it is made; what is
+called is otherwise what would have been called.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import Any
+
+from hotglm.slot.gate import Gate
+
+__all__ = ["Passage", "admit"]
+
+
+class Passage:
+    """A callable with a pass around each call."""
+
+    __slots__ = ("__wrapped__", "_gate")
+
+    def __init__(self, gate: Gate, function: Callable[..., Any]) -> None:
+        """Wrap `function`."""
+        self._gate = gate
+        self.__wrapped__ = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one pass."""
+        gate = self._gate
+        ticket = gate.enter()
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        finally:
+            del ticket  # not left to the end of the frame, which the traceback of an error keeps
+            if gate.closing is not None:
+                gate.leave()
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer as the function does."""
+        return getattr(self.__wrapped__, name)
+
+    def __repr__(self) -> str:
+        """Show what is called."""
+        return f"<passage to {self.__wrapped__!r}>"
+
+
+def admit(gate: Gate, function: Callable[..., Any], *, like: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Return `function` with a pass around each call.
+
+    Args:
+        gate: which the passes go through.
+        function: what is called.
+        like: what says whether a generator or coroutine comes of it; `function` itself where None.
+    """
+    kind = function if like is None else like
+    if inspect.isasyncgenfunction(kind):
+        return functools.wraps(function)(_admit_stream(gate, function))
+    if inspect.iscoroutinefunction(kind):
+        return functools.wraps(function)(_admit_coroutine(gate, function))
+    if inspect.isgeneratorfunction(kind):
+        return functools.wraps(function)(_admit_generator(gate, function))
+    return Passage(gate, function)
+
+
+def _admit_generator(gate: Gate, function: Callable[..., Any]) -> Callable[..., Generator[Any, Any, Any]]:
+    def run(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        with gate.reading():
+            return (yield from function(*args, **kwargs))
+
+    return run
+
+
+def _admit_coroutine(gate: Gate, function: Callable[..., Any]) -> Callable[..., Any]:
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        with gate.reading():
+            return await function(*args, **kwargs)
+
+    return run
+
+
+def _admit_stream(gate: Gate, function: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
+    async def run(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        with gate.reading():
+            async for item in function(*args, **kwargs):
+                yield item
+
+    return run

@@ -1,0 +1,96 @@
+"""How a slot puts a version in the live one's place: by another module, or by other bytes in the same one.
+
+Rules this module keeps: a policy is data that the user names; what a swap in place was and did is data as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hotglm.errors import ArgumentError
+
+__all__ = ["Flip", "InPlace", "InPlaceRecord"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flip:
+    """Two modules over two arenas take turns; passes take no lock and never wait. The default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InPlace:
+    """One module whose tensors never move; a commit exchanges their bytes between two passes.
+
+    For traced modules, and for whoever else holds the parameters or their addresses. New passes wait while a commit
+    waits for those that run, and while it copies; see docs/swap-policies.md for what else is given up.
+
+    Attributes:
+        timeout_s: how long a commit holds new passes back at most for running ones to end, in seconds; then it fails,
+            names them, and nothing has changed.
+        num_threads: threads that copy; None means one for each core, at most four, and one for little.
+    """
+
+    timeout_s: float = 5.0
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ArgumentError: a negative time, or no thread.
+        """
+        if not self.timeout_s >= 0 or (self.num_threads is not None and self.num_threads < 1):
+            raise ArgumentError(
+                f"Expected a time of 0 s or more and at least one thread, got {self}.",
+                remedy="leave num_threads out for as many as there are cores.",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InPlaceRecord:
+    """What one commit in place did, as measured and compared, not as planned.
+
+    Attributes:
+        num_tensors: tensors that were exchanged, ties counted once.
+        nbytes: their bytes.
+        buffer_nbytes: what was held beside the two copies while it ran.
+        num_waited_for: passes and sessions that were inside when the gate closed.
+        waited_s: how long they took to leave, in seconds.
+        closed_s: how long new passes were held back in all, in seconds.
+        copied_s: how long the exchange itself took, in seconds.
+        num_storages: storages of the live module.
+        moved: names of tensors whose storage is not where, or not as large as, it was when the slot was made.
+        derived: names of tensors that no file carries and that were exchanged.
+        stale: those of them whose live bytes are not the ones that were staged.
+    """
+
+    num_tensors: int
+    nbytes: int
+    buffer_nbytes: int
+    num_waited_for: int
+    waited_s: float
+    closed_s: float
+    copied_s: float
+    num_storages: int
+    moved: tuple[str, ...]
+    derived: tuple[str, ...]
+    stale: tuple[str, ...]
+
+    @property
+    def addresses_stable(self) -> bool:
+        """Whether every storage is where it was when the slot was made, and as large."""
+        return not self.moved
+
+    @property
+    def derived_refreshed(self) -> bool:
+        """Whether every derived tensor has the bytes that were computed for this version."""
+        return not self.stale
+
+    def explain(self) -> str:
+        """Return it as one sentence."""
+        stable = "all where they were" if self.addresses_stable else f"moved: {', '.join(self.moved)}"
+        return (
+            f"in place: {self.nbytes} bytes of {self.num_tensors} tensors in {self.copied_s * 1e3:.2f} ms, gate closed "
+            f"for {self.closed_s * 1e3:.2f} ms with {self.num_waited_for} passes inside; {self.num_storages} storages, "
+            f"{stable}"
+        )
