@@ -13,7 +13,15 @@ import pytest
 
 from hotglm.deltas.materializing import materialize
 from hotglm.deltas.publishing import DeltaPolicy, publish_delta
-from hotglm.errors import ArgumentError, DeltaChainError, DigestMismatchError, StoreConflictError, StoreError
+from hotglm.errors import (
+    ArgumentError,
+    DeltaChainError,
+    DigestMismatchError,
+    SourceError,
+    StoreConflictError,
+    StoreError,
+)
+from hotglm.progress import Progress
 from hotglm.release import collecting
 from hotglm.release.packing import pack
 from hotglm.release.store import Store
@@ -143,6 +151,36 @@ def test_a_source_that_lies_about_its_digests_is_refused(store: Store, sources: 
         publish(store, [sources[0], release], 1)
     assert versions(store) == ["0.0"]
     assert os.listdir(store.join("tmp")) == []
+
+
+@pytest.mark.parametrize("damage", ["lost", "flipped"])
+def test_a_label_moves_only_to_a_delta_that_can_be_made(
+    store: Store, sources: list[Path], tmp_path: Path, damage: str
+) -> None:
+    """S4: a label does not move to a delta whose base is lost or damaged, and moves when that is right again."""
+    for number in range(3):
+        publish(store, sources, number)
+    told: list[Progress] = []
+    store.move_label("stable", "1.0", progress=told.append)
+    assert told[-1].done_nbytes == told[-1].total_nbytes
+    assert [one.done_nbytes for one in told] == sorted(one.done_nbytes for one in told)
+    base = Path(store.find_release("0.0").path)
+    if damage == "lost":
+        base.rename(tmp_path / "lost")
+    else:
+        weights = base / "model.safetensors"
+        weights.chmod(0o644)
+        good = weights.read_bytes()
+        weights.write_bytes(good[:-300] + bytes([good[-300] ^ 1]) + good[-299:])
+    with pytest.raises(SourceError) as refusal:
+        store.move_label("stable", "2.0")
+    assert refusal.value.code == {"lost": "CHAIN_BASE_MISSING", "flipped": "DIGEST_MISMATCH"}[damage]
+    label = store.read_label("stable")
+    assert label is not None
+    assert label.release.version == "1.0"
+    if damage == "lost":
+        (tmp_path / "lost").rename(base)
+        store.move_label("stable", "2.0")
 
 
 # -- one version, one form ---------------------------------------------------------------------------------------------

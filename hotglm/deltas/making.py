@@ -32,6 +32,7 @@ from hotglm.release.directory import Release, open_release
 from hotglm.release.hashing import HashMeter
 from hotglm.release.placing import find_destination, place_release, write_manifest
 from hotglm.release.side_files import copy_side_files
+from hotglm.release.writing import writing
 from hotglm.weights.delta_codec import encode
 from hotglm.weights.digest import digest_tensor, tensor_bytes
 from hotglm.weights.dtypes import dtype_name
@@ -167,7 +168,7 @@ def write_payload(
         PayloadOverrun: it would be larger than that.
         DeltaError, DigestMismatchError: a tensor of either side is not what is promised.
         ArgumentError: a dtype that this torch lacks. HeaderError: more tensors than a payload can hold.
-        SourceReadError, SourceChangedError: something cannot be read. OSError: the system refused to write.
+        SourceReadError, SourceChangedError: something cannot be read. StoreWriteError: it cannot be written.
         ThreadStartError: no thread could be started.
     """
     order = _sort(new.tensors)
@@ -183,7 +184,7 @@ def write_payload(
     def work(name: str) -> _Encoded:
         return _encode(old, new, name)
 
-    with PayloadWriter(path, data_start=data_start, mode=mode) as writer:
+    with writing(path), PayloadWriter(path, data_start=data_start, mode=mode) as writer:
         meter.add(sum(new.tensors[name].nbytes for name in kept))
         for one in run_ordered(work, todo, nbytes=sum(new.tensors[name].nbytes for name in todo)):
             digests[one.name] = one.digest

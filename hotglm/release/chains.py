@@ -6,26 +6,27 @@ Rules this module keeps:
   its result digest (D5), whatever it is called.
 - Every release of an open chain is under its lease, so that a store's collection leaves it alone (S8).
 - A base that is not there, or not yet whole, is CHAIN_BASE_MISSING: who waits may try again (C09).
-- Nothing is read but manifests. No release is opened whose base is not needed.
+- Opening reads nothing but manifests. No release is opened whose base is not needed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
 from hotglm.delta_fields import BaseRelease
 from hotglm.delta_plan import MAX_CHAIN, ChainPlan, ChainPlanner, Link, TensorIdentity, missing_base
 from hotglm.errors import SourceError, SourceReadError
+from hotglm.progress import Progress
 from hotglm.release.directory import Release, is_release, open_release
 from hotglm.release.reading import list_directory, read_status
 from hotglm.release.store_reading import STORE_MARKER, release_name
 
-__all__ = ["Chain", "open_chain"]
+__all__ = ["Chain", "open_chain", "verify_chain"]
 
 _MAX_SIBLINGS = 10_000
 
@@ -88,6 +89,33 @@ def open_chain(
             planner.add(_link(base))
             releases.append(base)
         return Chain(releases=tuple(releases), plan=planner.finish(), _leases=leases.pop_all())
+
+
+def verify_chain(release: Release, *, progress: Callable[[Progress], object] | None = None) -> None:
+    """Read every byte of a release and of what it builds on; of a full release, its own alone.
+
+    What follows from them, the tensors that deltas make, is verified when they are made (X7).
+
+    Args:
+        release: open.
+        progress: told how far it is.
+
+    Raises:
+        DeltaChainError, WrongBaseError: what it builds on is not there, or is something else.
+        DigestMismatchError, ReleaseError, HeaderError, ShardIndexError: a release is not what its manifest says.
+        SourceReadError: something cannot be read. SourceChangedError: it changed meanwhile.
+    """
+    with open_chain(release) as chain:
+        needed = [chain.releases[place] for place in sorted(chain.plan.links | {0})]
+        total, done = sum(one.manifest.total_nbytes for one in needed), 0
+        for one in needed:
+            one.verify(progress=None if progress is None else _shift(progress, done=done, total=total))
+            done += one.manifest.total_nbytes
+
+
+def _shift(progress: Callable[[Progress], object], *, done: int, total: int) -> Callable[[Progress], object]:
+    """Return what tells `progress` about one part of a whole, which begins when `done` bytes of `total` are done."""
+    return lambda one: progress(replace(one, done_nbytes=done + one.done_nbytes, total_nbytes=total))
 
 
 def _link(release: Release) -> Link:

@@ -23,6 +23,7 @@ from hotglm.errors import (
     StoreConflictError,
 )
 from hotglm.progress import Progress
+from hotglm.release.chains import verify_chain
 from hotglm.release.collecting import Collected, collect_garbage
 from hotglm.release.drafts import open_draft
 from hotglm.release.filling import fill_directory
@@ -114,7 +115,7 @@ class Store(StoreReader):
         trust: Trust | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Label:
-        """Let a label lead to a release, once every byte of that was verified.
+        """Let a label lead to a release, once every byte of that, and of what it builds on, was verified.
 
         Args:
             label: its name: lower-case letters, digits, `-` and `_`.
@@ -140,7 +141,7 @@ class Store(StoreReader):
         with self.open_release(target) as release:  # open, so that it cannot be collected meanwhile
             if trust is not None:
                 trust.verify(release)
-            release.verify(progress=progress)
+            verify_chain(release, progress=progress)
             manifest = release.manifest
             wanted = ReleaseId(sequence=manifest.sequence, version=str(manifest.version), digest=release.digest)
             with self.locked():
