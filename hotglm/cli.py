@@ -19,12 +19,14 @@ from typing import TextIO
 from hotglm import __version__
 from hotglm.commands.collect import COLLECT
 from hotglm.commands.command import ERROR, INTERRUPTED, Command
+from hotglm.commands.delta import DELTA
 from hotglm.commands.diff import DIFF
 from hotglm.commands.doctor import DOCTOR
 from hotglm.commands.golden import GOLDEN
 from hotglm.commands.inspect import INSPECT
 from hotglm.commands.label import LABEL
 from hotglm.commands.log import LOG
+from hotglm.commands.materialize import MATERIALIZE
 from hotglm.commands.migrate import MIGRATE
 from hotglm.commands.pack import PACK
 from hotglm.commands.services import SERVICES
@@ -45,6 +47,8 @@ COMMANDS: tuple[Command, ...] = (
     DOCTOR,
     GOLDEN,
     PACK,
+    DELTA,
+    MATERIALIZE,
     SHOW,
     LOG,
     LABEL,
