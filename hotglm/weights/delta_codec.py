@@ -29,8 +29,10 @@ __all__ = ["SPARSE", "XOR", "Encoded", "decode_into", "encode", "verify_parts"]
 XOR = "xor-zstd"
 SPARSE = "sparse"
 
-_MIN_SAVING = 16
-"""One part in so many is the least that a codec must save: reading a tensor whole is faster than decoding it."""
+_MIN_SAVING = {SPARSE: 16, XOR: 4}
+"""One part in so many is the least that a codec must save: reading a tensor whole is faster than decoding it, and three
+times as fast as undoing compression. Weights that were trained anew still share signs and exponents with the old ones,
+which saves a tenth of their bytes, and is not worth that."""
 
 _REMEDY = "fetch the delta again, or stage the full release."
 
@@ -54,7 +56,9 @@ class Encoded:
 
 
 def encode(old: torch.Tensor | None, new: torch.Tensor) -> Encoded:
-    """Return the smallest payload that makes `new` of `old`; `whole` where the others save less than a sixteenth.
+    """Return the smallest payload that makes `new` of `old`, or `new` as it is where that saves too little.
+
+    `sparse` must save a sixteenth of the bytes, and `xor-zstd`, which takes longer to apply, a quarter.
 
     Args:
         old: on the CPU; None, or of another dtype or shape, where there is none to start from.
@@ -76,14 +80,15 @@ def encode(old: torch.Tensor | None, new: torch.Tensor) -> Encoded:
     if old is None or old.dtype is not new.dtype or old.shape != new.shape or not new.numel():
         return whole
     before, after = tensor_bytes(old), tensor_bytes(new)
-    limit = after.numel() - max(1, after.numel() // _MIN_SAVING)
-    found: list[Encoded] = []
-    if (sparse := encode_sparse(before, after, dtype=new.dtype)) is not None:
-        found.append(Encoded(codec=SPARSE, parts=sparse))
-        limit = min(limit, found[0].nbytes)
+    limits = {codec: after.numel() - max(1, after.numel() // part) for codec, part in _MIN_SAVING.items()}
+    best = whole
+    sparse = encode_sparse(before, after, dtype=new.dtype)
+    if sparse is not None and (found := Encoded(codec=SPARSE, parts=sparse)).nbytes <= limits[SPARSE]:
+        best = found
+    limit = min(limits[XOR], best.nbytes - 1)
     if has_zstd() and (xor := encode_xor(before, after, itemsize=new.element_size(), limit=limit)) is not None:
-        found.append(Encoded(codec=XOR, parts=(xor,)))
-    return min((one for one in found if one.nbytes <= limit), key=lambda one: one.nbytes, default=whole)
+        best = Encoded(codec=XOR, parts=(xor,))
+    return best
 
 
 def verify_parts(name: str, codec: str, parts: Sequence[Part], *, dtype: torch.dtype, numel: int) -> None:
