@@ -140,7 +140,7 @@ def _first(bench: Bench, weights: WeightsOnDisk, *, touched: bool) -> Row:
 
 def _verified(bench: Bench, weights: WeightsOnDisk, *, finite: bool, from_file: bool) -> Row:
     totals: list[float] = []
-    policy = {"digest": True, "finite": finite, "nice": 0, "num_threads": _NUM_THREADS}
+    policy = {"digest": True, "finite": finite, "nice": 0, "num_threads": _NUM_THREADS, "reuse": False}
     with _start_stager(bench, weights, policy) as ours, bench.start(f"{_OF}:HashPeer", **asdict(weights)) as peer:
 
         def stage() -> float:

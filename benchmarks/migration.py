@@ -27,7 +27,7 @@ __all__ = ["Migrator", "OldFiles", "measure"]
 _OF = "benchmarks.migration"
 _NUM_THREADS = 2
 _PLAIN = {"digest": False, "finite": False, "nice": 0, "num_threads": _NUM_THREADS}
-_VERIFIED = {"digest": True, "finite": True, "nice": 0, "num_threads": _NUM_THREADS}
+_VERIFIED = {"digest": True, "finite": True, "nice": 0, "num_threads": _NUM_THREADS, "reuse": False}
 
 
 def measure(bench: Bench) -> list[Row]:
