@@ -59,6 +59,8 @@ _EXPORTS: dict[str, str] = {
     "InPlaceRecord": "hotglm.slot.policies",
     "Incompatibility": "hotglm.compatibility",
     "IncompatibleError": "hotglm.errors",
+    "LiveMismatchError": "hotglm.errors",
+    "LiveProof": "hotglm.slot.live_proof",
     "LoadBelow": "hotglm.watching.preconditions",
     "Manifest": "hotglm.manifest_fields",
     "MapField": "hotglm.migration.config",

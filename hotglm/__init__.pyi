@@ -95,6 +95,9 @@ from hotglm.errors import (
     IncompatibleError as IncompatibleError,
 )
 from hotglm.errors import (
+    LiveMismatchError as LiveMismatchError,
+)
+from hotglm.errors import (
     MemoryPlanError as MemoryPlanError,
 )
 from hotglm.errors import (
@@ -381,6 +384,9 @@ from hotglm.slot.holders import (
 )
 from hotglm.slot.holders import (
     Session as Session,
+)
+from hotglm.slot.live_proof import (
+    LiveProof as LiveProof,
 )
 from hotglm.slot.memory import (
     MemoryPolicy as MemoryPolicy,

@@ -57,6 +57,7 @@ The tree (`tests/test_errors.py` holds it equal to the classes):
     │   ├── StoreBusyError          another process held the store's lock for too long
     │   ├── StoreConflictError      another came first: a version that is taken, a label that was moved
     │   └── StoreWriteError         the operating system refused to write; the store is as it was
+    ├── LiveMismatchError           live weights are not the ones that were committed
     ├── StageFailedError            something unforeseen, raised by the model's own code or by torch, ended a stage
     ├── StageTimeoutError           a stage took longer than its policy allows
     ├── DrainTimeoutError           passes or holders of an old generation outlived the wait
@@ -112,6 +113,7 @@ __all__ = [
     "HeaderError",
     "HotglmError",
     "IncompatibleError",
+    "LiveMismatchError",
     "MemoryPlanError",
     "MigrationError",
     "MigrationGraphError",
@@ -346,6 +348,12 @@ class DrainTimeoutError(HotglmError, TimeoutError):
     """Passes or holders of an old generation outlived the wait."""
 
     code = "DRAIN_TIMEOUT"
+
+
+class LiveMismatchError(HotglmError):
+    """Live weights are not the ones that were committed: memory has failed, or something has written them."""
+
+    code = "LIVE_MISMATCH"
 
 
 class StageFailedError(HotglmError):

@@ -149,6 +149,8 @@ PUBLIC_NAMES = [
     "InPlaceRecord",
     "Incompatibility",
     "IncompatibleError",
+    "LiveMismatchError",
+    "LiveProof",
     "LoadBelow",
     "Manifest",
     "MapField",

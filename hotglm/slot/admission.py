@@ -273,11 +273,7 @@ class Admission:
     # What in-place swaps do otherwise (slot/in_place.py); here no pass has to be let in, and any module may be live.
 
     def enter(self, place: str) -> tuple[object, Generation]:
-        """Return what keeps a session in its generation beside the reference to it, and the generation.
-
-        Args:
-            place: where the session was asked for.
-        """
+        """Return what keeps a session, asked for at `place`, in its generation, and the generation."""
         del place
         return None, self.live.generation
 
@@ -303,6 +299,10 @@ class Admission:
 
     def wait_settled(self) -> None:
         """Wait until no commit is under way."""
+
+    def count_writes(self) -> int:
+        """Return how often live weights began or ended to be written; odd while they are."""
+        return 0
 
     def begin_fork(self) -> None:
         """Bring the live weights into a state in which the process can fork."""

@@ -90,7 +90,7 @@ class Ready:
 class InPlaceAdmission(Admission):
     """The publication of a slot whose live module never changes, and the gate in front of it."""
 
-    __slots__ = ("_addresses", "_changing", "_policy", "_writing_bytes", "gate")
+    __slots__ = ("_addresses", "_changing", "_num_writes", "_policy", "_writing_bytes", "gate")
 
     def __init__(self, generation: Generation, *, name: str, policy: InPlace) -> None:
         """Publish the first generation; where its tensors lie is noted."""
@@ -99,6 +99,7 @@ class InPlaceAdmission(Admission):
         self._policy = policy
         self._changing = threading.Lock()
         self._writing_bytes = threading.Lock()
+        self._num_writes = 0
         self._addresses = read_addresses(generation.module)
         self.live = replace(self.live, call=self._admit_module(generation.module))
 
@@ -157,6 +158,10 @@ class InPlaceAdmission(Admission):
         """Wait until no commit is under way: what it uses is in nobody's list until it has ended."""
         with self._changing:
             pass
+
+    def count_writes(self) -> int:
+        """Return a number that grows when an exchange begins, to an odd one, and when it ends."""
+        return self._num_writes
 
     # -- commits -------------------------------------------------------------------------------------------------------
 
@@ -307,6 +312,7 @@ class InPlaceAdmission(Admission):
         """Write, compare and publish; whatever fails before the store is undone."""
         epoch = self.live.epoch
         with self._writing_bytes:
+            self._num_writes += 1
             closing.is_torn = True  # until one version is whole again: the new one, or the old one
             try:
                 ready.exchange.run()
@@ -316,6 +322,7 @@ class InPlaceAdmission(Admission):
             finally:
                 if self.live.epoch == epoch:
                     ready.exchange.undo()
+                self._num_writes += 1
                 closing.is_torn = False
 
     def _publish(self, change: Change, ready: Ready, record: InPlaceRecord) -> None:

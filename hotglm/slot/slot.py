@@ -33,6 +33,7 @@ from hotglm.slot.facade import ModuleFacade
 from hotglm.slot.forking import follow_forks
 from hotglm.slot.generation import Generation, State
 from hotglm.slot.holders import Holder, Session
+from hotglm.slot.live_proof import LiveProof, verify_live
 from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.observer import find_holders, read_status, wait_drained
 from hotglm.slot.policies import Flip, InPlace
@@ -303,6 +304,31 @@ class ModuleSlot(ModuleFacade):
         it. Walks all objects of the process with the GIL held, which may take long; for diagnosis.
         """
         return find_holders(self._core)
+
+    def verify_live(
+        self,
+        *,
+        quick: bool = False,
+        num_threads: int | None = None,
+        progress: Callable[[Progress], object] | None = None,
+    ) -> LiveProof:
+        """Hash what is live again, and hold it against what was committed; return the proof.
+
+        Parameters and buffers that files carry are read, at low priority; passes and updates go on. Blocks the
+        calling thread; what `progress` raises, and Ctrl-C, end it at the next tensor.
+
+        Args:
+            quick: compare fingerprints, at the speed of memory, where they were taken with the digests (by a full
+                `verify_live`, or a stage that reused live tensors); they find whatever memory does by itself, and not
+                who means to deceive.
+            num_threads: threads that read; None means one core is left, of at most four.
+            progress: called in this thread after each tensor.
+
+        Raises:
+            LiveMismatchError: tensors differ; all are named. Live weights are left as they are.
+            ThreadStartError: as it says.
+        """
+        return verify_live(self._core, quick=quick, num_threads=num_threads, progress=progress)
 
     def wait_drained(self, *, timeout_s: float | None = None) -> None:
         """Wait until the live generation is the only one in use.

@@ -25,7 +25,7 @@ import torch
 
 from hotglm.weights.digest import digest_tensor, format_digest, view_buffer
 
-__all__ = ["Seal", "copy_sealed", "seal_tensor"]
+__all__ = ["Seal", "copy_sealed", "matches_seal", "seal_tensor"]
 
 _CHUNK_NBYTES = 1 << 20
 _NUM_LANES = 16
@@ -65,6 +65,13 @@ def seal_tensor(tensor: torch.Tensor, *, digest: str | None, is_finite: bool) ->
     if digest is None:
         digest = digest_tensor(tensor) if running is None else format_digest(running.hexdigest())
     return Seal(digest=digest, fingerprint=fingerprint, stride=tensor.stride(), is_finite=is_finite)
+
+
+def matches_seal(tensor: torch.Tensor, seal: Seal) -> bool:
+    """Tell, at the speed of memory, whether a tensor has the fingerprint of a seal; False where that has none."""
+    if seal.fingerprint is None or seal.stride != tensor.stride():
+        return False
+    return seal_tensor(tensor, digest=seal.digest, is_finite=False).fingerprint == seal.fingerprint
 
 
 def copy_sealed(
