@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -147,6 +148,25 @@ def test_a_trial_that_is_given_up_counts_as_a_death(store: Store, service: Servi
         pass
     assert service.start() is None
     assert code_of_beginning(store, "1.1.0") == "REFUSED"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_that_is_forked_under_the_lock_does_not_keep_it(store: Store) -> None:
+    """K01: forked in the middle of a change, a child that lives on keeps nobody from the next change."""
+    read, write = os.pipe()
+    with store.locked():
+        child = os.fork()
+        if child == 0:
+            os.close(write)
+            os.read(read, 1)  # until the parent closes its end
+            os._exit(0)
+    try:
+        quick = open_store(store.path, lock_timeout_s=0.05)
+        assert quick.service("api").start() is None
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(child, 0)
 
 
 def test_services_do_not_know_each_other(store: Store) -> None:

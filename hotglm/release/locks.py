@@ -5,7 +5,7 @@ Rules this module keeps:
 - A lock is `flock` on an open file or directory: the kernel gives it up with the last descriptor, however the process
   ends. Nothing on disk says "locked", so nothing stale can.
 - A descriptor is close-on-exec and never handed out. A child made by `fork` shares it until it ends or execs: a lease
-  then lasts until both are done with it, which keeps more, never less.
+  then lasts until both are done with it, which keeps more, never less. A store's lock is unlocked by whoever took it.
 - A store's lock is held for a few small writes, never while weights are read, hashed or copied.
 """
 
@@ -50,7 +50,11 @@ def hold_exclusively(path: str, *, timeout_s: float) -> Iterator[None]:
     try:
         yield
     finally:
-        close_quietly(fd)  # and with it the lock
+        # Unlocked, not only closed: a child that was forked meanwhile has a copy of the descriptor, and would keep the
+        # lock until it ends (tests/test_services.py).
+        with contextlib.suppress(OSError):
+            seam.active.flock(fd, fcntl.LOCK_UN)
+        close_quietly(fd)
 
 
 def _open_locked(path: str) -> int | None:
