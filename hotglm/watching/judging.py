@@ -30,7 +30,7 @@ from hotglm.errors import (
     WrongBaseError,
 )
 
-__all__ = ["Fault", "judge"]
+__all__ = ["Fault", "is_unfinished", "judge"]
 
 _NOT_WHOLE = frozenset({"INCOMPLETE", "MISSING_FILE", "SIZE_MISMATCH", "EXTRA_FILE"})
 """Problems that a directory has while it is being copied; nothing of it was read."""
@@ -76,4 +76,10 @@ def _can_heal(error: HotglmError) -> bool:
         return True
     if isinstance(error, DeltaChainError):
         return not codes & _CHAIN_BROKEN
+    return is_unfinished(error)
+
+
+def is_unfinished(error: HotglmError) -> bool:
+    """Tell whether an error says no more than that a release is not whole yet."""
+    codes = {problem.code for problem in error.problems} or {error.code}
     return isinstance(error, ReleaseError) and codes <= _NOT_WHOLE

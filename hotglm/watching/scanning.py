@@ -8,6 +8,8 @@ Rules this module keeps:
   passed over: editors' files, dotfiles, `.partial`, `01.0`, `latest~` (E09).
 - Only a directory with a manifest counts (R1), and of all that could win only the manifest of the winner is read, and
   of those above it that were refused. The digest of those bytes decides, no time or number of an inode (E11).
+- In a store a release is whole as soon as it has its name (S1). Elsewhere one counts when every file that its manifest
+  lists is there in its size, so that an upload that stopped half way keeps no other release from going live (E01).
 - No byte but those of a manifest is read, and the lock of a store is not taken.
 """
 
@@ -30,6 +32,7 @@ from hotglm.errors import (
 )
 from hotglm.manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from hotglm.manifest_fields import MANIFEST_NAME
+from hotglm.release.directory import open_release
 from hotglm.release.ledger import ReleaseId
 from hotglm.release.reading import list_directory, read_document, read_status
 from hotglm.release.store import Store
@@ -38,12 +41,14 @@ from hotglm.release.store_reading import release_name
 from hotglm.release.tree import find_entries
 from hotglm.version import Version
 from hotglm.watching.follow import Follow
+from hotglm.watching.judging import is_unfinished
 from hotglm.watching.ranking import Ranking
 from hotglm.weights.workers import yield_gil_when_due
 
 __all__ = ["Found", "Scanner", "Target"]
 
 _MARKER = "hotglm-store.json"
+_MAX_REMEMBERED = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +102,7 @@ class Scanner:
         self._ranking = Ranking()
         self._names: set[str] = set()
         self._names_in = ""
+        self._whole: dict[str, bool] = {}
 
     def scan(self, is_refused: Callable[[Target], bool]) -> Found:
         """Look once.
@@ -217,7 +223,22 @@ class Scanner:
         if version is None:
             version = _read_version(text)
         key = digest if is_stored else f"{digest}/{_take_fingerprint(path)}"
+        if not is_stored and not self._is_whole(path, key):
+            return None
         return Target(version=version, sequence=sequence, path=path, digest=digest, key=key)
+
+    def _is_whole(self, path: str, key: str) -> bool:
+        """Tell whether a directory that is no store's holds what its manifest lists; looked at once for each key."""
+        if key not in self._whole:
+            while len(self._whole) >= _MAX_REMEMBERED:
+                del self._whole[next(iter(self._whole))]
+            is_whole = True
+            try:
+                open_release(path).close()
+            except ReleaseError as error:  # whatever else is wrong with it is said when it is loaded
+                is_whole = not is_unfinished(error)
+            self._whole[key] = is_whole
+        return self._whole[key]
 
 
 def _exists(path: str) -> bool:
