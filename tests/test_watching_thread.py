@@ -97,7 +97,7 @@ def test_a_round_that_raises_is_survived(store: Store, slot: hotglm.ModuleSlot, 
             raise failure
         return scan(*args)
 
-    watcher._engine.scanner.scan = fail  # type: ignore[method-assign]  # the planted fault
+    watcher._engine.scanner.scan = fail  # type: ignore[method-assign, assignment]  # the planted fault
     with watcher:
         assert wait_until(lambda: watcher.status().counts.crashes >= 3)
         assert watcher.status().is_alive

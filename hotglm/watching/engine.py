@@ -26,7 +26,7 @@ from hotglm.watching.policy import Clock, WatchPolicy
 from hotglm.watching.refusals import Refusals, Scope
 from hotglm.watching.scanning import Found, Scanner, Target
 from hotglm.watching.status import WatchState
-from hotglm.watching.trial import OnTrial, TrialEnd, Trials
+from hotglm.watching.trial import Judge, OnTrial, TrialEnd, Trials
 
 __all__ = ["Engine", "Requests"]
 
@@ -233,7 +233,7 @@ class Engine:
     def _act(self, decision: Decision, found: Found) -> float:
         target, trial = decision.target, self.trials.running
         if decision.task is Task.GO_BACK and trial is not None:
-            self._take(self.trials.go_back(trial, "the label went back", is_judged=False))
+            self._take(self.trials.go_back(trial, "the label went back", judge=Judge.NOBODY))
             return 0.0
         if decision.task is not Task.TRY or target is None:
             self._rest(decision)
@@ -366,7 +366,9 @@ class Engine:
             return self._plan_wait()
         self.retry = None
         scope = Scope.BYTES if fault is Fault.BYTES else Scope.HOST
-        self.journal.note_refusal(self.refusals, target, f"{error.code}: {error}", code=error.code, scope=scope)
+        reason = f"{error.code}: {error}"
+        self.refusals.add(target, reason, scope=scope)
+        self.journal.note_refusal(target, reason, code=error.code)
         return 0.0  # with a constraint the next lower one is eligible now
 
     # -- waiting -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from hotglm.errors import HotglmError
 from hotglm.events import DelayedEvent, Event, QuarantinedEvent
 from hotglm.slot.slot import ModuleSlot
-from hotglm.watching.refusals import Refusals, Scope
 from hotglm.watching.scanning import Target
 from hotglm.watching.status import Counts, WatchState
 
@@ -78,11 +77,8 @@ class Journal:
             self._delayed = target.key
             self.announce(DelayedEvent(slot=self.slot.name, version=str(target.version), reasons=waits))
 
-    def note_refusal(
-        self, refusals: Refusals, target: Target, reason: str, *, code: str, scope: Scope = Scope.BYTES
-    ) -> None:
-        """Refuse a release from now on, and say so once."""
-        refusals.add(target, reason, scope=scope)
+    def note_refusal(self, target: Target, reason: str, *, code: str) -> None:
+        """Say once that a release is refused from now on."""
         self.count(refused=1)
         self.say(logging.WARNING, f"{target.version} is refused: {first_line(reason)}")
         name, version, digest = self.slot.name, str(target.version), target.digest

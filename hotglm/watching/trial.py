@@ -10,6 +10,7 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import enum
 import logging
 import math
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from hotglm.watching.refusals import Refusals
 from hotglm.watching.scanning import Target
 from hotglm.watching.status import WatchState
 
-__all__ = ["OnTrial", "TrialEnd", "Trials"]
+__all__ = ["Judge", "OnTrial", "TrialEnd", "Trials"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,17 @@ class OnTrial:
     before_number: int
     began_s: float
     running: RunningTrial | None = field(default=None, repr=False)
+
+
+class Judge(enum.Enum):
+    """Who said that a trial ended badly."""
+
+    SELF = "self"
+    """This process: the release is refused, with the reason."""
+    ANOTHER = "another"
+    """Another process, which has refused the release already."""
+    NOBODY = "nobody"
+    """No one: the release may be tried again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +122,11 @@ class Trials:
         if live != trial.number:
             return self._note_change(trial, is_back=live == trial.before_number)
         refused = self.refusals.find(trial.target)
-        reason = failure if refused is None else f"another process refused it: {refused.reason}"
-        reason = reason or ("" if is_confirmed else self._ask_probe())
+        if refused is not None:
+            return self.go_back(trial, refused.reason, judge=Judge.ANOTHER)
+        reason = failure or ("" if is_confirmed else self._ask_probe())
         if reason:
-            return self.go_back(trial, reason, is_judged=True)
+            return self.go_back(trial, reason, judge=Judge.SELF)
         return self.confirm(trial) if is_confirmed or now_s - trial.began_s >= self.length_s else None
 
     def confirm(self, trial: OnTrial) -> TrialEnd | None:
@@ -122,7 +135,8 @@ class Trials:
             if trial.running is not None:
                 trial.running.confirm()
         except StoreConflictError as error:
-            return self.go_back(trial, str(error), is_judged=True)
+            reasons = [problem.message for problem in error.problems]
+            return self.go_back(trial, "; ".join(reasons), judge=Judge.ANOTHER)
         except HotglmError as error:  # it stays on trial, and is confirmed when the record can be written
             self.journal.stand(WatchState.ON_TRIAL, "it cannot be confirmed", error=error)
             return None
@@ -133,7 +147,7 @@ class Trials:
             pass
         return None
 
-    def go_back(self, trial: OnTrial, reason: str, *, is_judged: bool) -> TrialEnd:
+    def go_back(self, trial: OnTrial, reason: str, *, judge: Judge) -> TrialEnd:
         """Make the version before the trial live again; then note why."""
         restore = None
         try:
@@ -141,7 +155,7 @@ class Trials:
         except HotglmError as error:
             self.journal.say(logging.ERROR, f"cannot go back from {trial.target.version}: {error.message}")
             restore = trial.before
-        self._end(trial, reason, is_judged=is_judged)
+        self._end(trial, reason, judge=judge)
         return TrialEnd(applied=trial.before, held=(trial.target, trial.number), restore=restore)
 
     def close(self, judgement: str) -> None:
@@ -161,19 +175,21 @@ class Trials:
 
     def _note_change(self, trial: OnTrial, *, is_back: bool) -> TrialEnd:
         """Somebody else changed the slot while a trial ran: back is a judgement, anything else is none."""
-        self._end(trial, "the host changed the slot", is_judged=is_back)
+        self._end(trial, "the host changed the slot", judge=Judge.SELF if is_back else Judge.NOBODY)
         return TrialEnd(applied=trial.before if is_back else trial.target)
 
-    def _end(self, trial: OnTrial, reason: str, *, is_judged: bool) -> None:
+    def _end(self, trial: OnTrial, reason: str, *, judge: Judge) -> None:
         self.running = None
         self.journal.count(rollbacks=1)
         self.journal.say(logging.WARNING, f"{trial.target.version} is live no more: {first_line(reason)}")
-        if is_judged:
-            if trial.running is not None:
-                fail_trial(trial.running, reason)
-            self.journal.note_refusal(self.refusals, trial.target, reason, code="TRIAL_FAILED")
+        if trial.running is not None and judge is Judge.SELF:
+            fail_trial(trial.running, reason)
         elif trial.running is not None:
             self.loader.withdraw(trial.running)
+        if judge is Judge.SELF:
+            self.refusals.add(trial.target, reason)
+        if judge is not Judge.NOBODY:
+            self.journal.note_refusal(trial.target, reason, code="TRIAL_FAILED")
 
     def _ask_probe(self) -> str:
         """Return why the release must go, in words; empty where the probe is content, or there is none."""
