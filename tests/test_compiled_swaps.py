@@ -330,3 +330,13 @@ def test_a_compiled_module_inside_itself_is_refused() -> None:
     model.fast = torch.compile(model, backend="eager")
     with pytest.raises(UnswappableError, match="inside the module"):
         hotglm.ModuleSlot(model, version="1.0.0")
+
+
+def test_staging_has_the_settings_of_its_caller() -> None:
+    """What torch is set to in the context of the caller of `stage` holds in warm-up and checks as well."""
+    seen: list[int] = []
+    slot = make_slot()
+    policy = hotglm.StagePolicy(checks=(lambda _: seen.append(torch._dynamo.config.recompile_limit),))
+    with torch._dynamo.config.patch(recompile_limit=77):
+        slot.update(draw(slot, 1), version="1.0.1", policy=policy)
+    assert seen == [77]

@@ -45,6 +45,7 @@ def listen() -> None:
     handler = getattr(dynamo, "callback_handler", None)
     if handler is not None and _note not in handler.start_callbacks:
         handler.register_start_callback(_note)
+        CompiledCall.epoch += 1
 
 
 @contextlib.contextmanager

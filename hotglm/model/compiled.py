@@ -24,7 +24,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -84,13 +84,16 @@ class CompiledCall:
         hooks: the hooks below its module when the first pass came; None before.
     """
 
-    __slots__ = ("_call", "_module", "hooks", "num_compiled", "recipe")
+    __slots__ = ("_call", "_epoch", "_module", "hooks", "num_compiled", "recipe")
+    epoch: ClassVar[int] = 0
+    """Grows whenever Dynamo has forgotten all compiled code."""
 
     def __init__(self, module: nn.Module, recipe: Recipe) -> None:
         """Bind `recipe` to `module`, weakly."""
         self.recipe = recipe
         self.num_compiled = 0
         self.hooks: frozenset[object] | None = None
+        self._epoch = 0
         self._module = weakref.ref(module)
         self._call = recipe.call_of(type(module))
 
@@ -104,14 +107,14 @@ class CompiledCall:
         if module is None:
             raise ReferenceError("the module of this compiled call is gone; keep the module, not its call")
         if self.hooks is None:
-            self.hooks = frozenset(find_hooks(module))
+            self._epoch, self.hooks = CompiledCall.epoch, frozenset(find_hooks(module))
         return self._call(module, *args, **kwargs)
 
     @property
     def new_hooks(self) -> tuple[str, ...]:
         """Names of the parts below the module that got a hook after the first pass, which Dynamo may not see."""
         module = self._module()
-        if module is None or self.hooks is None:
+        if module is None or self.hooks is None or self._epoch != CompiledCall.epoch:
             return ()
         return tuple(dict.fromkeys(path for path, *rest in find_hooks(module) if (path, *rest) not in self.hooks))
 

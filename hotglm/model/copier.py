@@ -20,7 +20,7 @@ import copy
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ from hotglm.model.references import (
     TooManyObjectsError,
     copies_itself,
     has_plain_state,
-    holds,
     is_a,
     is_array,
+    is_fake,
     is_inert,
     is_slot,
     leads_nowhere,
@@ -48,7 +48,7 @@ from hotglm.model.references import (
     walk,
     why_uncopyable,
 )
-from hotglm.model.verification import TOO_LARGE, Place, Verifier
+from hotglm.model.verification import INSIDE, TOO_LARGE, Place, Verifier, name_tensor
 from hotglm.weights.arena import Lease
 from hotglm.weights.layout import Layout
 from hotglm.weights.workers import yield_gil_when_due
@@ -60,7 +60,6 @@ _SHAREABLE_FAILURES = (TypeError, NotImplementedError, RecursionError)
 _DICTS = (dict, collections.OrderedDict)
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
-_INSIDE = "<inside>"
 _NOT_CARRIED = frozenset({COMPILED_CALL})  # bound anew
 
 
@@ -221,7 +220,7 @@ class Copier(TorchFunctionMode):
                 self._prepare(place, value)
         try:
             if twin is None:
-                self._place = Place(path=path, name=_INSIDE, owner=module)
+                self._place = Place(path=path, name=INSIDE, owner=module)
                 self._remember(module, copy.deepcopy(module, self._memo))
             else:
                 copied = vars(twin)
@@ -378,23 +377,15 @@ class Copier(TorchFunctionMode):
         if id(tensor) in memo:
             known: torch.Tensor = memo[id(tensor)]
             return known
+        if is_fake(tensor):  # what a graph has noted of values; it has none itself
+            return tensor
         offset = self._parts.find_offset(tensor)
         if offset is not None:
             result = self._view(offset, tensor)
         else:
             self.loose.append(tensor)
             owner = self._place.owner
-            self._findings.judge(self._name_tensor(tensor), tensor, owner=owner, marks=self._marks)
+            self._findings.judge(name_tensor(self._place, tensor), tensor, owner=owner, marks=self._marks)
             result = tensor.detach() if self._lease is None else tensor.detach().clone()
         self._remember(tensor, result)
         return result
-
-    def _name_tensor(self, tensor: torch.Tensor) -> str:
-        """Return the full name of the attribute that is `tensor`, or else of the one that leads to it."""
-        place = self._place
-        attributes = list(vars(place.owner).items())
-        found = next((name for name, value in attributes if value is tensor), place.name)
-        if found == _INSIDE:
-            rest = ((name, value) for name, value in attributes if name not in _REGISTERED)
-            found = next((name for name, value in rest if holds(value, tensor)), _INSIDE)
-        return replace(place, name=found).full_name

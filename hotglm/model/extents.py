@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hotglm.model.inspection import StateEntry
-from hotglm.model.references import is_a, is_array
+from hotglm.model.references import is_a, is_array, is_fake
 from hotglm.weights.arena import ALIGNMENT
 from hotglm.weights.layout import Extent, Layout, plan_layout
 
@@ -77,7 +77,7 @@ class Parts:
 
     def find_offset(self, tensor: torch.Tensor) -> int | None:
         """Return where the bytes of `tensor` go in the arena, or None if they are not those of a part."""
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_meta:
+        if is_fake(tensor) or tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_meta:
             return None
         if overlaps_itself(tensor):
             return None

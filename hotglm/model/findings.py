@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hotglm.errors import Problem, StaleStateError, UncopyableError, shorten_repr
+from hotglm.errors import Problem, StaleStateError, UncopyableError, UnswappableError, shorten_repr
 from hotglm.model.derived import Marks, find_refreshed_names, may_carry_over
+from hotglm.model.references import PACKAGE, SCRIPT
 
 __all__ = ["Findings"]
 
@@ -59,13 +60,15 @@ class Findings:
         """Take note that the attribute `name` of the module at `path` cannot be carried over, and why."""
         where = f"{path}.{name}" if path else name
         message = f"Cannot carry over {shorten_repr(where)}: {why}"
-        self._uncopyable.setdefault((where, why), Problem(code="UNCOPYABLE", message=message))
+        code = "CANNOT_SWAP_COMPILED" if why in (SCRIPT, PACKAGE) else "UNCOPYABLE"
+        self._uncopyable.setdefault((where, why), Problem(code=code, message=message))
 
     def raise_if_any(self) -> None:
         """Raise all problems as one error.
 
         Raises:
             StaleStateError: state that is neither declared nor right for any weights; other problems come with it.
+            UnswappableError: compiled code that has weights of its own; other problems come with it.
             UncopyableError: other problems only.
         """
         uncopyable = tuple(self._uncopyable.values())
@@ -75,6 +78,13 @@ class Findings:
                 problems=[*self._stale.values(), *uncopyable],
                 remedy="recompute it in a method marked @hotglm.refresh(<attribute>), make it a persistent buffer, "
                 "or vouch for it with ModuleSlot(..., constants=[<pattern>]).",
+            )
+        if any(problem.code != "UNCOPYABLE" for problem in uncopyable):
+            raise UnswappableError(
+                "Expected code that takes its weights from the module, got some that has its own.",
+                problems=uncopyable,
+                remedy="keep the module that the named part was made from instead; an AOTInductor package goes into a "
+                "slot of its own, by hotglm.integrations.aoti.",
             )
         if uncopyable:
             raise UncopyableError(

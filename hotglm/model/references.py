@@ -35,12 +35,15 @@ from hotglm.weights.workers import yield_gil_when_due
 __all__ = [
     "CONTAINERS",
     "MAX_OBJECTS",
+    "PACKAGE",
+    "SCRIPT",
     "TooManyObjectsError",
     "copies_itself",
     "has_plain_state",
     "holds",
     "is_a",
     "is_array",
+    "is_fake",
     "is_inert",
     "is_local_class",
     "is_slot",
@@ -58,6 +61,13 @@ _PROCESS = (types.ModuleType, types.FrameType, types.CodeType, threading.Thread,
 
 _WEAK_CONTAINERS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 _SCRIPTS = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch._C.ScriptMethod)
+_PACKAGES = tuple(
+    kind
+    for name in ("AOTIModelPackageLoader", "AOTIModelContainerRunner", "AOTIModelContainerRunnerCpu")
+    if isinstance(kind := getattr(getattr(torch._C, "_aoti", None), name, None), type)
+)
+SCRIPT = "it is TorchScript, whose tensors are fixed"
+PACKAGE = "it is an AOTInductor package, which has the weights it was built with (see hotglm.integrations.aoti)"
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, types.NoneType, torch.dtype})
 CONTAINERS: frozenset[type] = frozenset({dict, collections.OrderedDict, list, set})
 Kind = TypeVar("Kind")
@@ -204,10 +214,18 @@ def holds(value: object, wanted: object) -> bool:
     return False
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` only stands for one, in a graph that was traced: no memory, no values."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and is_a(tensor, fake.FakeTensor)
+
+
 def why_uncopyable(item: object, is_inside: Callable[[object], bool]) -> str | None:
     """Return what keeps `item` from following its module into a copy; `is_inside` knows the module's parts."""
     if is_a(item, _SCRIPTS):
-        return "it is TorchScript, whose tensors are fixed"
+        return SCRIPT
+    if is_a(item, _PACKAGES):
+        return PACKAGE
     if is_a(item, _WEAK_CONTAINERS) and any(map(is_inside, _list_weak(item))):
         return f"a {type(item).__name__} goes on referring to the parts of the module it was made for"
     if is_a(item, functools._lru_cache_wrapper) and reaches(item, is_inside):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,15 +29,17 @@ from hotglm.model.extents import Parts
 from hotglm.model.findings import Findings
 from hotglm.model.references import (
     TooManyObjectsError,
+    holds,
     is_a,
     is_array,
+    is_fake,
     is_local_class,
     leads_nowhere,
     walk,
     why_uncopyable,
 )
 
-__all__ = ["TOO_LARGE", "Place", "Verifier"]
+__all__ = ["INSIDE", "TOO_LARGE", "Place", "Verifier", "name_tensor"]
 
 TOO_LARGE = "it is too large to be searched for what leads back into the module"
 
@@ -60,6 +62,21 @@ class Place:
     def full_name(self) -> str:
         """The full dotted name."""
         return f"{self.path}.{self.name}" if self.path else self.name
+
+
+INSIDE = "<inside>"
+"""Name of the attribute of a module that copies itself, while it does so."""
+
+
+def name_tensor(place: Place, tensor: torch.Tensor) -> str:
+    """Return the full name of the attribute of the place's module that is `tensor`, or else of one that leads to it."""
+    attributes = list(vars(place.owner).items())
+    found = next((name for name, value in attributes if value is tensor), place.name)
+    if found == INSIDE:
+        registered = ("_parameters", "_buffers", "_modules")
+        rest = ((name, value) for name, value in attributes if name not in registered)
+        found = next((name for name, value in rest if holds(value, tensor)), INSIDE)
+    return replace(place, name=found).full_name
 
 
 class Verifier:
@@ -144,7 +161,7 @@ class Verifier:
 
     def _look_at(self, item: object, place: Place) -> None:
         if is_a(item, torch.Tensor):
-            if _find_address(item) not in self._addresses and not item.is_meta:
+            if not is_fake(item) and _find_address(item) not in self._addresses and not item.is_meta:
                 self._judge(item, place)
         elif is_array(item):
             self._findings.judge_array(place.full_name, item, owner=place.owner)

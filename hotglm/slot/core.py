@@ -29,7 +29,9 @@ from hotglm.events import (
     Subscribers,
     SupersededEvent,
 )
+from hotglm.model.compilations import listen
 from hotglm.model.grad_mode import GradMode
+from hotglm.model.swappable import verify_swappable
 from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, Publication
 from hotglm.slot.announcing import describe_stage, name_change, note_held, refused_event
@@ -248,6 +250,8 @@ class SlotCore:
     ) -> StageRequest:
         if self.admission.is_closed:
             raise SlotClosedError("Expected an open slot, got a closed one.", remedy="make a new ModuleSlot.")
+        listen()
+        verify_swappable(live.module)  # here, because torch's settings may be of a thread
         settings = self.settings
         if options.policy is not None and not isinstance(options.policy, StagePolicy):
             raise ArgumentError(

@@ -25,6 +25,7 @@ from hotglm.model.compilations import listen
 from hotglm.model.compiled import adopt_compiled, settle
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import find_definition
+from hotglm.model.swappable import verify_swappable
 from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, HistoryEntry
 from hotglm.slot.checks import StagePolicy, promise_outputs
@@ -115,6 +116,7 @@ class ModuleSlot(ModuleFacade):
         module = settle(module)
         listen()
         contract = promise_outputs(contract_of(module), policy or StagePolicy(), live=None)
+        verify_swappable(module)
         definition = find_definition(type(module))
         label = name or (definition.name if definition else type(module).__name__)
         parsed = Version(version) if version is not None else definition.version if definition else Version("0.0.0")

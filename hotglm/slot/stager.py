@@ -14,6 +14,7 @@ Rules this module keeps:
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import queue
 import threading
@@ -123,7 +124,8 @@ class Stager:
         todo = [replace(request, report=outcomes.put)]
         thread: threading.Thread | None = None
         try:
-            work = functools.partial(self._work, todo, record, outcomes)
+            # In the context of the caller: settings of torch, among others, are of a context.
+            work = functools.partial(contextvars.copy_context().run, self._work, todo, record, outcomes)
             thread = start_thread(work, name=f"hotglm-stage-{self._name}", owner=self)
             staged = self._wait(outcomes, request, progress)
         except BaseException as failure:
