@@ -7,8 +7,11 @@ import sys
 
 from hotglm.commands.command import OK, Command
 from hotglm.commands.console import print_json
+from hotglm.commands.delta_changes import Changes, describe_changes, find_changes
+from hotglm.commands.page import write_page
 from hotglm.commands.progress import ProgressBar
 from hotglm.commands.release_text import describe_release, show_release
+from hotglm.commands.show_page import make_show_page
 from hotglm.commands.target import open_target
 from hotglm.release.directory import Release
 
@@ -18,6 +21,8 @@ __all__ = ["SHOW"]
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("release", metavar="RELEASE", help="its directory; with --store a label, version or number")
     parser.add_argument("--store", metavar="STORE", help="the store that RELEASE is in")
+    parser.add_argument("--all", action="store_true", help="list every tensor with its digest, not a tree of them")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with the picture, which needs nothing else")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare all digests")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
@@ -27,20 +32,24 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.verify:
             with ProgressBar(sys.stderr) as bar:
                 release.verify(progress=lambda progress: bar.show(progress.done_nbytes, progress.total_nbytes))
+        changes = find_changes(release)
+        if arguments.html is not None:
+            write_page(arguments.html, make_show_page(release, changes, is_verified=arguments.verify))
         if arguments.json:
-            print_json("hotglm.show/1", {**_describe(release), "verified": bool(arguments.verify)})
+            print_json("hotglm.show/1", {**_describe(release, changes), "verified": bool(arguments.verify)})
         else:
-            print("\n".join(show_release(release)))
+            print("\n".join(show_release(release, changes, is_whole=arguments.all)))
             if arguments.verify:
                 print("verified: every byte is the one that was promised")
     return OK
 
 
-def _describe(release: Release) -> dict[str, object]:
+def _describe(release: Release, changes: Changes | None) -> dict[str, object]:
     manifest = release.manifest
     return {
         **describe_release(release),
         "weights": manifest.weights,
+        "changes": None if changes is None else describe_changes(changes),
         "config": None if manifest.config is None else dict(manifest.config),
         "requires": list(manifest.requires),
         "capabilities": sorted(manifest.capabilities),

@@ -26,7 +26,7 @@ from hotglm.release.directory import Release, is_release, open_release
 from hotglm.release.reading import list_directory, read_status
 from hotglm.release.store_reading import STORE_MARKER, release_name
 
-__all__ = ["Chain", "open_chain", "verify_chain"]
+__all__ = ["Chain", "find_base", "open_chain", "verify_chain"]
 
 _MAX_SIBLINGS = 10_000
 
@@ -89,6 +89,16 @@ def open_chain(
             planner.add(_link(base))
             releases.append(base)
         return Chain(releases=tuple(releases), plan=planner.finish(), _leases=leases.pop_all())
+
+
+def find_base(release: Release) -> str | None:
+    """Return where the base of a delta seems to stand; None where it is not beside it, or the release is full.
+
+    Raises:
+        SourceReadError: the directory cannot be listed.
+    """
+    delta = release.manifest.delta
+    return None if delta is None else _Siblings(release.path).find(delta.base)
 
 
 def verify_chain(release: Release, *, progress: Callable[[Progress], object] | None = None) -> None:
