@@ -24,6 +24,7 @@ from hotglm.commands.diff import DIFF
 from hotglm.commands.doctor import DOCTOR
 from hotglm.commands.golden import GOLDEN
 from hotglm.commands.inspect import INSPECT
+from hotglm.commands.keygen import KEYGEN
 from hotglm.commands.label import LABEL
 from hotglm.commands.log import LOG
 from hotglm.commands.materialize import MATERIALIZE
@@ -31,7 +32,10 @@ from hotglm.commands.migrate import MIGRATE
 from hotglm.commands.pack import PACK
 from hotglm.commands.services import SERVICES
 from hotglm.commands.show import SHOW
+from hotglm.commands.sign import SIGN
 from hotglm.commands.stamp import STAMP
+from hotglm.commands.trust import TRUST
+from hotglm.commands.verify import VERIFY
 from hotglm.errors import HotglmError
 from hotglm.problem import describe_exception
 
@@ -54,6 +58,10 @@ COMMANDS: tuple[Command, ...] = (
     LABEL,
     SERVICES,
     COLLECT,
+    KEYGEN,
+    SIGN,
+    VERIFY,
+    TRUST,
 )
 """Every command but `demo`, in the order of the help."""
 

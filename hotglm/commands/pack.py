@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from datetime import UTC, datetime
 
 from hotglm.commands.command import OK, Command
 from hotglm.commands.console import print_json, show_count, show_size
 from hotglm.commands.progress import ProgressBar
 from hotglm.commands.release_text import describe_release
+from hotglm.commands.trust_options import add_key_options, parse_time, read_key
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.progress import Progress
 from hotglm.release.directory import Release, open_release
@@ -30,6 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", metavar="VERSION", help="version, where the weights do not say it")
     parser.add_argument("--requires", metavar="REQUIREMENT", action="append", help="such as 'torch>=2.6'; repeatable")
     parser.add_argument("--expires", metavar="TIME", help="when it must not be taken for new any more: ISO 8601")
+    add_key_options(parser, flag="--sign", is_required=False)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
@@ -37,7 +38,8 @@ def _run(arguments: argparse.Namespace) -> int:
     _verify_arguments(arguments)
     details = ReleaseDetails(
         requires=None if arguments.requires is None else tuple(arguments.requires),
-        expires_at=None if arguments.expires is None else _parse_time(arguments.expires),
+        expires_at=None if arguments.expires is None else parse_time(arguments.expires),
+        signing_key=None if arguments.key is None else read_key(arguments),
     )
     with ProgressBar(sys.stderr) as bar:
 
@@ -85,16 +87,6 @@ def _verify_arguments(arguments: argparse.Namespace) -> None:
         raise ArgumentError(
             "Expected --label and --link only with --store, got one without.", remedy="give --store, or leave it out."
         )
-
-
-def _parse_time(text: str) -> datetime:
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ArgumentError(
-            f"Expected a time, got {shorten_repr(text)}.", remedy="write it like 2027-01-31T12:00:00Z."
-        ) from error
-    return instant if instant.tzinfo is not None else instant.replace(tzinfo=UTC)
 
 
 def _show(release: Release, *, label: str | None) -> str:

@@ -18,7 +18,7 @@ from hotglm.roots import ROOT_ROLE, Roots, parse_roots
 from hotglm.trust.keys import find_key_faults, find_signers
 from hotglm.trust.state import AcceptedRelease, JournalEntry, SlotRecord, TrustState
 
-__all__ = ["apply_roots", "parse_first_roots", "parse_next_roots", "parse_pinned_roots"]
+__all__ = ["apply_roots", "parse_any_roots", "parse_first_roots", "parse_next_roots", "parse_pinned_roots"]
 
 
 def parse_first_roots(text: bytes, *, file: str) -> Roots:
@@ -31,6 +31,15 @@ def parse_first_roots(text: bytes, *, file: str) -> Roots:
     envelope, roots = _parse(text, file=file)
     _judge_root_role(envelope, roots, whose="its own", file=file)
     return roots
+
+
+def parse_any_roots(text: bytes, *, file: str) -> Roots:
+    """Return what roots say, whoever signed them; for looking, and to number the next ones. Nobody may believe them.
+
+    Raises:
+        SignatureError, TrustError: they break their format.
+    """
+    return parse_roots(parse_envelope(text, payload_type=ROOTS_TYPE, file=file).payload, file=file)
 
 
 def parse_pinned_roots(state: TrustState) -> Roots:
