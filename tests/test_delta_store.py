@@ -11,12 +11,14 @@ from unittest import mock
 
 import pytest
 
+from hotglm.deltas.making import make_delta
 from hotglm.deltas.materializing import materialize
 from hotglm.deltas.publishing import DeltaPolicy, publish_delta
 from hotglm.errors import (
     ArgumentError,
     DeltaChainError,
     DigestMismatchError,
+    SourceChangedError,
     SourceError,
     StoreConflictError,
     StoreError,
@@ -97,6 +99,45 @@ def test_a_chain_ends_at_an_anchor(store: Store, sources: list[Path], tmp_path: 
         publish(store, sources, number, max_chain=2)
     assert kinds(store) == "fddfddfd"
     assert made_files(store, "7.0", tmp_path / "made") == read_tree(sources[7])
+
+
+def test_a_chain_of_64_is_folded_and_one_of_65_refused(
+    store: Store, sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C07: the longest chain gives the very files of its end; one delta more cannot be used, and is not published."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a hundred releases; what is flushed is tested elsewhere
+    for number in range(65):
+        policy = DeltaPolicy(max_ratio=1, max_chain=64)
+        publish_delta(store, sources[number % 8], name="ranker", version=f"{number}.0", policy=policy)
+    assert kinds(store) == "f" + 64 * "d"
+    assert made_files(store, "64.0", tmp_path / "made") == read_tree(sources[0])
+    with store.open_release("64.0") as release:
+        make_delta(release, pack_anew(sources[3], tmp_path / "next"), store.join("releases", "next")).close()
+    with pytest.raises(DeltaChainError) as refusal:
+        materialize(store.join("releases", "next"), tmp_path / "too-long")
+    assert refusal.value.code == "CHAIN_TOO_LONG"
+    publish_delta(store, sources[1], name="ranker", version="65.0", policy=DeltaPolicy(max_ratio=1, max_chain=64))
+    assert kinds(store)[-1] == "f"
+
+
+def pack_anew(source: Path, path: Path) -> Path:
+    """Make a full release of a source that stands in no store."""
+    pack(source, path, name="ranker", version="99.0", sequence=99).close()
+    return path
+
+
+def test_a_version_in_which_nothing_changed_costs_next_to_nothing(
+    store: Store, sources: list[Path], tmp_path: Path
+) -> None:
+    """A new number for the same tensors is a delta of headers alone."""
+    publish(store, sources, 0)
+    stored = publish_delta(store, sources[0], name="ranker", version="0.1", policy=DeltaPolicy(max_ratio=0.01))
+    with store.open_release("0.1") as release:
+        assert release.manifest.delta is not None
+        assert not release.manifest.delta.tensors
+        release.verify()
+    assert made_files(store, "0.1", tmp_path / "made") == read_tree(sources[0])
+    assert stored.sequence == 2
 
 
 def test_a_delta_that_saves_too_little_is_published_in_full(store: Store, sources: list[Path], tmp_path: Path) -> None:
@@ -181,6 +222,20 @@ def test_a_label_moves_only_to_a_delta_that_can_be_made(
     if damage == "lost":
         (tmp_path / "lost").rename(base)
         store.move_label("stable", "2.0")
+
+
+def test_a_source_that_is_written_meanwhile_is_refused(store: Store, sources: list[Path]) -> None:
+    """Weights that change while a delta of them is made are refused; nothing is published."""
+    publish(store, sources, 0)
+    weights = sources[1] / "model.safetensors"
+
+    def write(_: Progress) -> None:
+        weights.write_bytes(weights.read_bytes())
+
+    with pytest.raises(SourceChangedError):
+        publish_delta(store, sources[1], name="ranker", version="1.0", progress=write)
+    assert versions(store) == ["0.0"]
+    assert os.listdir(store.join("tmp")) == []
 
 
 # -- one version, one form ---------------------------------------------------------------------------------------------

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +17,8 @@ from hotglm.release.packing import pack
 from hotglm.release.store import Store
 from hotglm.release.store_opening import open_store
 from support.kill_sweep import verify_store
-from support.power_loss import Recorder, replay
+from support.power_loss import Recorder, cuts, record
 from support.releases import write_source
-
-NUM_CUTS = 100
-SHARES = (0.0, 0.3, 0.7, 0.95)
 
 
 @pytest.fixture
@@ -32,28 +27,6 @@ def directory() -> Iterator[Path]:
     where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=where) as path:
         yield Path(path)
-
-
-def record(root: Path, change: Callable[[], object], *, forgets_files: bool = False) -> Recorder:
-    """Make a change below `root` and return what it did."""
-    recorder = Recorder(root, forgets_files=forgets_files)
-    before, seam.active = seam.active, recorder
-    try:
-        change()
-    finally:
-        seam.active = before
-    return recorder
-
-
-def cuts(recorder: Recorder, directory: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield what a power cut may leave, with whether it came after the change had returned."""
-    chance = random.Random(11)
-    for number in range(NUM_CUTS):
-        step = recorder.step if number % 5 == 0 else chance.randint(0, recorder.step)
-        target = directory / "cut"
-        replay(recorder, target, step=step, chance=chance, share=SHARES[number % len(SHARES)])
-        yield target, step == recorder.step
-        shutil.rmtree(target)
 
 
 def make_store(directory: Path) -> Store:

@@ -35,7 +35,7 @@ __all__ = ["Fault", "is_unfinished", "judge"]
 _NOT_WHOLE = frozenset({"INCOMPLETE", "MISSING_FILE", "SIZE_MISMATCH", "EXTRA_FILE"})
 """Problems that a directory has while it is being copied; nothing of it was read."""
 
-_CHAIN_BROKEN = frozenset({"CHAIN_LOOP", "CHAIN_TOO_LONG"})
+_CHAIN_BROKEN = frozenset({"CHAIN_LOOP", "CHAIN_SELF", "CHAIN_TOO_LONG"})
 """Problems of a chain of deltas that no further release can mend."""
 
 

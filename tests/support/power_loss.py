@@ -10,13 +10,18 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hotglm import seam
 from hotglm.seam import Seam
 
-__all__ = ["Recorder", "replay"]
+__all__ = ["Recorder", "cuts", "record", "replay"]
+
+NUM_CUTS = 100
+SHARES = (0.0, 0.3, 0.7, 0.95)
 
 
 @dataclass
@@ -150,6 +155,7 @@ def replay(recorder: Recorder, target: Path, *, step: int, chance: random.Random
         if operation.write is not None:
             node, offset, data = operation.write
             data = data if is_flushed or chance.random() < 0.5 else data[: len(data) // 2]
+            contents[node].extend(bytes(max(0, offset - len(contents[node]))))  # a hole, where a write begins behind it
             contents[node][offset : offset + len(data)] = data
         for parent, name, number in operation.names:
             if number is None:
@@ -167,3 +173,25 @@ def _walk(node: int, path: Path, entries: dict[int, dict[str, int]]) -> Iterator
     yield path, node
     for name, inner in entries[node].items():
         yield from _walk(inner, path / name, entries)
+
+
+def record(root: Path, change: Callable[[], object], *, forgets_files: bool = False) -> Recorder:
+    """Make a change below `root` and return what it did."""
+    recorder = Recorder(root, forgets_files=forgets_files)
+    before, seam.active = seam.active, recorder
+    try:
+        change()
+    finally:
+        seam.active = before
+    return recorder
+
+
+def cuts(recorder: Recorder, directory: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield what a power cut may leave, with whether it came after the change had returned."""
+    chance = random.Random(11)
+    for number in range(NUM_CUTS):
+        step = recorder.step if number % 5 == 0 else chance.randint(0, recorder.step)
+        target = directory / "cut"
+        replay(recorder, target, step=step, chance=chance, share=SHARES[number % len(SHARES)])
+        yield target, step == recorder.step
+        shutil.rmtree(target)
