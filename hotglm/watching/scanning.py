@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hotglm.envelope import ENVELOPE_NAME
 from hotglm.errors import (
     HotglmError,
     Problem,
@@ -60,8 +61,8 @@ class Target:
         sequence: its number in the store; 0 where there is no store.
         path: its directory.
         digest: of its manifest, which binds every other byte.
-        key: what tells its bytes from all others: the digest; and where somebody may still be copying into the
-            directory, the sizes and times of its files as well.
+        key: what tells its bytes from all others: the digest, size and time of its signatures; and where somebody may
+            still be copying into the directory, the sizes and times of its files as well.
     """
 
     version: Version
@@ -222,7 +223,7 @@ class Scanner:
         digest = f"sha256:{hashlib.sha256(text).hexdigest()}"
         if version is None:
             version = _read_version(text)
-        key = digest if is_stored else f"{digest}/{_take_fingerprint(path)}"
+        key = f"{digest}{_tag_signatures(path)}" if is_stored else f"{digest}/{_take_fingerprint(path)}"
         if not is_stored and not self._is_whole(path, key):
             return None
         return Target(version=version, sequence=sequence, path=path, digest=digest, key=key)
@@ -268,9 +269,18 @@ def _read_version(manifest: bytes) -> Version:
         return Version("0")
 
 
+def _tag_signatures(directory: str) -> str:
+    """Return what tells signatures from others: they may come later than what they sign; empty where none are."""
+    try:
+        status = read_status(os.path.join(directory, ENVELOPE_NAME))
+    except SourceReadError:
+        return ""
+    return f"/{status.st_size}.{status.st_mtime_ns}.{status.st_ctime_ns}"
+
+
 def _take_fingerprint(directory: str) -> str:
     """Return a digest of names, sizes, times and inodes of the files: another one means that something was copied."""
-    found = hashlib.sha256()
+    found = hashlib.sha256(_tag_signatures(directory).encode())
     try:
         for name, status in find_entries(directory):
             seen = (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)

@@ -14,7 +14,7 @@ import enum
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hotglm.errors import ConflictError, HotglmError, StoreConflictError
@@ -140,11 +140,15 @@ class Trials:
         except HotglmError as error:  # it stays on trial, and is confirmed when the record can be written
             self.journal.stand(WatchState.ON_TRIAL, "it cannot be confirmed", error=error)
             return None
-        self.running = None
+        self.running = replace(trial, running=None)  # what is on disk is settled
         try:
             self.slot.confirm(expected=trial.number)
         except ConflictError:  # somebody changed the slot just now, and that counts
             pass
+        except HotglmError as error:  # the trust of the slot cannot remember it: asked again in the next round
+            self.journal.stand(WatchState.ON_TRIAL, "it cannot be confirmed", error=error)
+            return None
+        self.running = None
         return None
 
     def go_back(self, trial: OnTrial, reason: str, *, judge: Judge) -> TrialEnd:
