@@ -1,10 +1,11 @@
 """Deltas: what a small change costs to carry and to stage, beside the full release, and beside general binary diffs.
 
-Staging. A slot has the base live, from a full release, as a service has after its first update by delta: the
-fingerprints of what is live are known (the first stage after a start hashes it once instead, which costs what a
-verified load costs). Each round stages a delta and throws it away; the peer is another process that stages the full
-form of the same release with `StagePolicy(reuse=False)`, verified as well. Both have the default number of threads,
-and the files in the page cache.
+Staging. What a service does that follows a chain of deltas: the base is live, the spare holds the release before it,
+which differs from the base in as many tensors, and fingerprints of both are known (the first stage after a start hashes
+what is live once instead, which costs what a verified load costs). Each round puts the release before into the spare,
+untimed, then stages the delta and throws it away. The peer is another process that stages the full form of the same
+release with `StagePolicy(reuse=False)`, verified as well. Both have the default number of threads, and the files in the
+page cache.
 
 Sizes. What a delta of a tensor takes depends on the drift alone, so that each row says which: synthetic weights
 N(0, 1) * 0.02 whose float32 masters took steps of Adam's size, an RL-like step that replaced one element in a hundred,
@@ -78,7 +79,7 @@ def measure(bench: Bench) -> list[Row]:
 def _staged(
     bench: Bench, name: str, case: Mapping[str, str], *, limit: float | None, is_judged: bool = True
 ) -> Iterator[Row]:
-    options = {"base": case["base"], "nbytes": bench.nbytes}
+    options = {"before": case["before"], "base": case["base"], "nbytes": bench.nbytes}
     with (
         bench.start(f"{_OF}:Stager", path=case["delta"], reuse=True, **options) as ours,
         bench.start(f"{_OF}:Stager", path=case["full"], reuse=False, **options) as peer,
@@ -105,7 +106,7 @@ def _staged(
         ratio_name="full / delta" if faster else "delta / full",
         target=(f">= {limit:.0f}x" if limit is not None else "<= 1.05x") if is_judged else "",
         met=(at_least(ratio, limit) if limit is not None else at_most(ratio, 1.05)) if is_judged else None,
-        note="the default number of threads each; fingerprints of what is live are known",
+        note="the default number of threads each; fingerprints of what is live and of the spare are known",
     )
     if limit is not None:
         ratio = read["peer"] / read["hotglm"]
@@ -137,22 +138,24 @@ class Maker:
         """Make one case; return where its releases stand."""
         root = self._root / f"deltas-{kind}"
         if not root.exists():
-            base = write_release(root / "s", 1, self._base)
-            full = write_release(root / "f", 2, self._change(kind))
-            make_delta(base, full, root / "s" / release_name(2, "1.0.2")).close()
+            write_release(root / "s", 1, self._change(kind, seed=2))
+            base = write_release(root / "s", 2, self._base)
+            full = write_release(root / "f", 3, self._change(kind, seed=3))
+            make_delta(base, full, root / "s" / release_name(3, "1.0.3")).close()
         return {
-            "base": str(root / "s" / release_name(1, "1.0.1")),
-            "full": str(root / "f" / release_name(2, "1.0.2")),
-            "delta": str(root / "s" / release_name(2, "1.0.2")),
+            "before": str(root / "s" / release_name(1, "1.0.1")),
+            "base": str(root / "s" / release_name(2, "1.0.2")),
+            "full": str(root / "f" / release_name(3, "1.0.3")),
+            "delta": str(root / "s" / release_name(3, "1.0.3")),
         }
 
-    def _change(self, kind: str) -> dict[str, torch.Tensor]:
+    def _change(self, kind: str, *, seed: int) -> dict[str, torch.Tensor]:
         if kind == "scattered":
-            generator = torch.Generator().manual_seed(3)
+            generator = torch.Generator().manual_seed(seed)
             return {name: _replace_some(tensor, generator) for name, tensor in self._base.items()}
-        other = draw_state(nbytes=self._nbytes, num_tensors=_NUM_TENSORS, seed=2)
+        other = draw_state(nbytes=self._nbytes, num_tensors=_NUM_TENSORS, seed=seed)
         every = 1 if kind == "all" else 20
-        changed = set(list(self._base)[::every])
+        changed = set(list(self._base)[seed % every :: every])
         return {name: other[name] if name in changed else tensor for name, tensor in self._base.items()}
 
 
@@ -173,18 +176,20 @@ def write_release(root: Path, sequence: int, tensors: dict[str, torch.Tensor]) -
 class Stager:
     """Stages one release again and again on top of a base."""
 
-    def __init__(self, *, base: str, path: str, nbytes: int, reuse: bool) -> None:
-        """Make the base live."""
+    def __init__(self, *, before: str, base: str, path: str, nbytes: int, reuse: bool) -> None:
+        """Make the base live, on top of the release before it."""
         policy = hotglm.StagePolicy(reuse=reuse, nice=0)
         self._slot = hotglm.ModuleSlot(Stack(nbytes=nbytes, num_tensors=_NUM_TENSORS), version="1.0.0", policy=policy)
+        self._slot.update(before)
         self._slot.update(base)
-        self._path = path
+        self._before, self._path = before, path
         self._read_nbytes = 0
-        for file in Path(path).rglob("*.safetensors"):
+        for file in (*Path(path).rglob("*.safetensors"), *Path(before).rglob("*.safetensors")):
             warm_cache(str(file))
 
     def stage(self) -> float:
-        """Return the seconds of one stage, which is then thrown away."""
+        """Return the seconds of one stage, which is then thrown away; the spare held the release before the base."""
+        self._slot.stage(self._before).discard()
         started = time.perf_counter()
         staged = self._slot.stage(self._path)
         duration_s = time.perf_counter() - started

@@ -31,7 +31,7 @@ def find_kept(live: Generation, code: Contract) -> dict[str, Kept]:
     return {
         entry.name: Kept(tensor=entry.tensor.detach(), seal=seals[_first(live, entry.name)])
         for entry in find_state(live.module)
-        if entry.persistent and _first(live, entry.name) in seals
+        if entry.persistent and entry.tensor.device.type == "cpu" and _first(live, entry.name) in seals
         if (spec := code.state.get(entry.name)) is not None
         if (spec.dtype, spec.shape) == (dtype_name(entry.tensor.dtype), tuple(entry.tensor.shape))
     }

@@ -19,8 +19,8 @@ from hotglm.slot.generation import Generation
 from hotglm.slot.live import find_kept, plan_sealing
 from hotglm.slot.receipt import Origins
 from hotglm.slot.source import Offer
+from hotglm.slot.spare import TakenSpare
 from hotglm.slot.supplying import open_supply
-from hotglm.weights.arena import Lease
 from hotglm.weights.loader import load_supply, load_tensors
 from hotglm.weights.migration import load_migrated
 from hotglm.weights.proof import Loaded, LoadOptions, Target
@@ -76,9 +76,9 @@ class Loading:
         self._supply = open_supply(offer, kept, digests=self._digests, stack=stack)
 
     def run(
-        self, targets: Mapping[str, Target], *, lease: Lease, report: Callable[[Progress], object]
+        self, targets: Mapping[str, Target], *, taken: TakenSpare, report: Callable[[Progress], object]
     ) -> tuple[Loaded, Origins]:
-        """Fill `targets`; return what was loaded, and from where.
+        """Fill `targets`, which lie in the spare `taken`; return what was loaded, and from where.
 
         Raises:
             SourceError, TensorValueError, NonFiniteError: the bytes cannot be used; everything is named.
@@ -93,23 +93,26 @@ class Loading:
             cancellation=self._cancellation,
             report=_Meter(report, total_nbytes=self._offer.nbytes).add,
         )
-        loaded = self._load(targets, lease=lease, options=options)
+        loaded = self._load(targets, taken, options=options)
         self._keep_seals(loaded)
+        taken.arena.left = {targets[name].offset: seal for name, seal in loaded.seals.items()}
         origins = Origins(
             read_nbytes=loaded.read_nbytes,
             copied_nbytes=loaded.copied_nbytes,
+            found_nbytes=loaded.found_nbytes,
             decoded_nbytes=loaded.decoded_nbytes,
             drifted=tuple(sorted(loaded.drifted)),
         )
         return loaded, origins
 
-    def _load(self, targets: Mapping[str, Target], *, lease: Lease, options: LoadOptions) -> Loaded:
-        offer, supply = self._offer, self._supply
+    def _load(self, targets: Mapping[str, Target], taken: TakenSpare, *, options: LoadOptions) -> Loaded:
+        offer, supply, lease = self._offer, self._supply, taken.lease
         if offer.migration is not None:
             source = offer.files or supply or offer.tensors or {}
             return load_migrated(source, offer.migration.plan, targets, lease=lease, options=options)
         if supply is not None:
-            return load_supply(supply, targets, lease=lease, options=options)
+            left = taken.arena.left if self._policy.reuse else {}
+            return load_supply(supply, targets, lease=lease, options=options, left=left)
         return load_tensors(offer.tensors or {}, targets, options=options)
 
     def _seal_live(self, names: Iterable[str]) -> None:

@@ -36,20 +36,23 @@ class Origins:
     Attributes:
         read_nbytes: read from files: tensors, and payloads of deltas.
         copied_nbytes: copied from the generation that was live.
+        found_nbytes: found in the spare, where an earlier version had left them, and proved.
         decoded_nbytes: size of the tensors that deltas were applied to.
         drifted: live tensors that were no longer what their digests said, and were taken from files instead.
     """
 
     read_nbytes: int = 0
     copied_nbytes: int = 0
+    found_nbytes: int = 0
     decoded_nbytes: int = 0
     drifted: tuple[str, ...] = ()
 
     def explain(self) -> str:
         """Return them as one line; empty where nothing was reused or decoded."""
-        if not (self.copied_nbytes or self.decoded_nbytes or self.drifted):
+        if not (self.copied_nbytes or self.found_nbytes or self.decoded_nbytes or self.drifted):
             return ""
         parts = [f"{self.read_nbytes} bytes read", f"{self.copied_nbytes} copied from the live version"]
+        parts += [f"{self.found_nbytes} found in the spare"] if self.found_nbytes else []
         parts += [f"{self.decoded_nbytes} made by deltas"] if self.decoded_nbytes else []
         names = ", ".join(map(shorten_repr, self.drifted[:10]))
         parts += [f"written since it was loaded, and so read again: {names}"] if names else []

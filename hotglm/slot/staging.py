@@ -53,7 +53,7 @@ from hotglm.slot.targets import find_targets
 from hotglm.trust.policy import Trust
 from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
-from hotglm.weights.arena import Arena, Lease
+from hotglm.weights.arena import Arena
 from hotglm.weights.digest import combine_digests, digest_tensor
 from hotglm.weights.plan import CHUNK_NBYTES
 from hotglm.weights.proof import Loaded, Target
@@ -140,7 +140,7 @@ class _Stage:
             record.carried = twin.carried
             self._adopt(twin.module)
             self._carry_over(entries, twin)
-        loaded = self._load(loading, find_targets(twin, layout, entries), taken.lease)
+        loaded = self._load(loading, find_targets(twin, layout, entries), taken)
         generation = self._prove(twin, code, taken, loaded)
         cancellation.raise_if_cancelled()
         request = self._request
@@ -236,9 +236,9 @@ class _Stage:
         covers_all = self._offer.module is not None or self._request.refresh is not None
         return ("*",) if covers_all else self._request.constants
 
-    def _load(self, loading: Loading, targets: Mapping[str, Target], lease: Lease) -> Loaded:
+    def _load(self, loading: Loading, targets: Mapping[str, Target], taken: TakenSpare) -> Loaded:
         with self._record.timed("load", nbytes=self._offer.nbytes):
-            loaded, self._record.origins = loading.run(targets, lease=lease, report=self._request.report)
+            loaded, self._record.origins = loading.run(targets, taken=taken, report=self._request.report)
         self._record.converted = loaded.converted
         return loaded
 

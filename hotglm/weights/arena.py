@@ -24,13 +24,17 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from hotglm import seam
 from hotglm.errors import MemoryPlanError
 from hotglm.problem import describe_exception
+
+if TYPE_CHECKING:
+    from hotglm.weights.seals import Seal
 
 __all__ = ["ALIGNMENT", "Arena", "Lease"]
 
@@ -113,9 +117,14 @@ _ties: set[_Tie] = set()
 
 
 class Arena:
-    """One block of private memory, lent to one generation at a time."""
+    """One block of private memory, lent to one generation at a time.
 
-    __slots__ = ("__weakref__", "_lease", "_memory", "nbytes")
+    Attributes:
+        nbytes: its size.
+        left: what the last load left where, by offset: a hint, to be held against the bytes that are there.
+    """
+
+    __slots__ = ("__weakref__", "_lease", "_memory", "left", "nbytes")
 
     def __init__(self, nbytes: int) -> None:
         """Map `nbytes`, at least one page. The pages are faulted in by `populate`, or by the first write.
@@ -124,6 +133,7 @@ class Arena:
             MemoryPlanError: the system has no such memory to give.
         """
         self.nbytes = nbytes
+        self.left: Mapping[int, Seal] = {}
         self._lease: weakref.ref[ctypes.Array[ctypes.c_char]] | None = None
         try:
             self._memory = seam.active.map_anonymous(max(nbytes, 1))

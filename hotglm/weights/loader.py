@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -36,7 +37,7 @@ from hotglm.weights.proof import (
     run_load,
     settle_tensor,
 )
-from hotglm.weights.seals import copy_sealed, seal_tensor
+from hotglm.weights.seals import Seal, copy_sealed, is_intact, seal_tensor
 from hotglm.weights.supply import Kept, Supply
 
 __all__ = ["load_files", "load_supply", "load_tensors"]
@@ -47,7 +48,14 @@ def load_files(files: WeightFiles, targets: Mapping[str, Target], *, lease: Leas
     return load_supply(Supply.of(files), targets, lease=lease, options=options)
 
 
-def load_supply(supply: Supply, targets: Mapping[str, Target], *, lease: Lease, options: LoadOptions) -> Loaded:
+def load_supply(
+    supply: Supply,
+    targets: Mapping[str, Target],
+    *,
+    lease: Lease,
+    options: LoadOptions,
+    left: Mapping[int, Seal] = MappingProxyType({}),
+) -> Loaded:
     """Bring every tensor of `supply` into its target.
 
     Args:
@@ -55,6 +63,8 @@ def load_supply(supply: Supply, targets: Mapping[str, Target], *, lease: Lease, 
         targets: for every name in `supply`, and shapes equal to theirs.
         lease: the memory that the targets are views of.
         options: how.
+        left: what may stand in the memory of `lease` still, by offset: of the digest that is expected there, it is
+            proved by its fingerprint and left alone.
 
     Raises:
         SourceReadError: the system refused a read.
@@ -64,6 +74,7 @@ def load_supply(supply: Supply, targets: Mapping[str, Target], *, lease: Lease, 
         MissingExtraError: a payload needs the extra `delta`.
     """
     job = _SupplyJob(supply, targets, lease=lease, options=options)
+    run_load(job.plan_left(left), options, nbytes=supply.nbytes)
     run_load(job.plan_firsts(), options, nbytes=supply.nbytes)
     if job.loaded.drifted:
         run_load(job.plan_refill(), options, nbytes=supply.nbytes)
@@ -122,12 +133,25 @@ class _SupplyJob:
         self._first_names = find_first_names(supply.tensors, targets)
         self._reading = make_turn(options)
         self._reuses = supply.reuses
+        self._found: set[str] = set()
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
+    def plan_left(self, left: Mapping[int, Seal]) -> list[Callable[[], None]]:
+        """Return the tasks that find out which targets have their bytes already."""
+        found = {
+            name: left[target.offset]
+            for name in self.supply.tensors
+            if (target := self._targets[name]).offset in left and self._is_first(name) and self._is_direct(name)
+            if target.view.numel() and left[target.offset].digest == self._options.expected.get(name)
+        }
+        sizes = {name: self.supply.tensors[name].nbytes for name in found}
+        return [functools.partial(self._find_all, bundle, found) for bundle in bundle_names(found, sizes)]
+
     def plan_firsts(self) -> list[Callable[[], None]]:
-        """Return the tasks that fill every target once; the largest first, so that the threads end together."""
-        return self._plan(name for name in self.supply.tensors if self._is_first(name))
+        """Return the tasks that fill every other target; the largest first, so that the threads end together."""
+        names = [name for name in self.supply.tensors if self._is_first(name)]
+        return self._plan(name for name in names if name not in self._found)
 
     def plan_refill(self) -> list[Callable[[], None]]:
         """Return the tasks that fill what memory did not have any more from wherever else it may be had.
@@ -211,6 +235,21 @@ class _SupplyJob:
             view, is_finite = self._targets[name].view, self._options.finite
             self.loaded.seals[name] = seal_tensor(view, digest=digest, is_finite=is_finite)
 
+    def _find_all(self, names: list[str], left: Mapping[str, Seal]) -> None:
+        for name in names:
+            if is_intact(self._targets[name].view, left[name], pause=self._pause):
+                nbytes = self.supply.tensors[name].nbytes
+                self._accept(name, left[name])
+                self.loaded.add(found_nbytes=nbytes, nbytes=nbytes)
+                self._found.add(name)
+                self._options.report(nbytes)
+
+    def _accept(self, name: str, seal: Seal) -> None:
+        """Take a tensor for what its seal says; search it for NaN where nobody has."""
+        options = replace(self._options, finite=self._options.finite and not seal.is_finite)
+        prove_tensor(name, self._targets[name], digest=seal.digest, loaded=self.loaded, options=options)
+        self.loaded.seals[name] = replace(seal, is_finite=seal.is_finite or self._options.finite)
+
     def _copy_all(self, names: list[str]) -> None:
         for name in names:
             self._pause()
@@ -219,8 +258,7 @@ class _SupplyJob:
 
     def _copy(self, name: str, kept: Kept, *, into: torch.Tensor | None) -> bool:
         """Copy a tensor from memory, into its target or to be made another; return whether it was what it should be."""
-        target = self._targets[name]
-        view = target.view if into is None else into
+        view = self._targets[name].view if into is None else into
         seal = copy_sealed(view, kept.tensor, kept.seal, pause=self._pause)
         if seal is None:
             self.loaded.drifted.append(name)
@@ -228,9 +266,7 @@ class _SupplyJob:
         nbytes = view.numel() * view.element_size()
         self.loaded.add(copied_nbytes=nbytes)
         if into is None:
-            options = replace(self._options, finite=self._options.finite and not seal.is_finite)
-            prove_tensor(name, target, digest=seal.digest, loaded=self.loaded, options=options)
-            self.loaded.seals[name] = replace(seal, is_finite=seal.is_finite or self._options.finite)
+            self._accept(name, seal)
             self.loaded.add(nbytes=nbytes)
         return True
 

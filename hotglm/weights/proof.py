@@ -102,6 +102,7 @@ class Loaded:
         nbytes: of tensors that were filled.
         read_nbytes: read from files.
         copied_nbytes: copied from what was in memory already.
+        found_nbytes: of tensors that stood in their place already.
         decoded_nbytes: of tensors that deltas were applied to.
         converted: names whose dtype was converted.
         drifted: names of tensors in memory that were no longer what their digests said.
@@ -113,19 +114,18 @@ class Loaded:
     nbytes: int = 0
     read_nbytes: int = 0
     copied_nbytes: int = 0
+    found_nbytes: int = 0
     decoded_nbytes: int = 0
     converted: list[str] = field(default_factory=list)
     drifted: list[str] = field(default_factory=list)
     problems: list[tuple[type[Exception], Problem]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, *, nbytes: int = 0, read_nbytes: int = 0, copied_nbytes: int = 0, decoded_nbytes: int = 0) -> None:
-        """Count bytes; workers call it side by side."""
+    def add(self, **counts: int) -> None:
+        """Count bytes, by name of the attribute; workers call it side by side."""
         with self._lock:
-            self.nbytes += nbytes
-            self.read_nbytes += read_nbytes
-            self.copied_nbytes += copied_nbytes
-            self.decoded_nbytes += decoded_nbytes
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
 
     def raise_if_any(self, source: str) -> None:
         """Raise one error with every problem, of the gravest kind found."""
