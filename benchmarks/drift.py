@@ -35,7 +35,7 @@ class Drifted:
         """Return what share of the elements changed."""
         changed = sum(int((old[name] != tensor).sum().item()) for name, tensor in new.items())
         total = sum(tensor.numel() for tensor in new.values())
-        return f"{changed / total:.1%} of {total} bfloat16 elements changed"
+        return f"{changed / total:.1%} of {total} elements changed"
 
 
 DRIFTS = (
@@ -45,7 +45,9 @@ DRIFTS = (
     Drifted(kind="adam-100", description="bfloat16 weights, masters moved by 100 steps of 1e-5", limit=0.3),
     Drifted(kind="adam-hot", description="bfloat16 weights, masters moved by 100 steps of 1e-4"),
     Drifted(kind="float32", description="float32 weights, moved by 10 steps of 1e-5"),
-    Drifted(kind="trained", description="a small transformer, fine-tuned by AdamW at 1e-5, in bfloat16", limit=0.3),
+    Drifted(kind="trained-10", description="a small transformer, 10 steps of AdamW at 1e-5, in bfloat16", limit=0.3),
+    Drifted(kind="trained-30", description="a small transformer, 30 steps of AdamW at 1e-5, in bfloat16", limit=0.3),
+    Drifted(kind="trained-100", description="a small transformer, 100 steps of AdamW at 1e-5, in bfloat16"),
 )
 """Everything that is measured. Limits stand for what the issue calls a fine-tune; the rest shows where they end."""
 
@@ -60,8 +62,9 @@ def draw_pair(kind: str, *, numel: int, quick: bool) -> tuple[dict[str, torch.Te
         numel: how many elements, where they are synthetic.
         quick: whether to train for no longer than a smoke test lasts.
     """
-    if kind == "trained":
-        return _train(num_steps=5 if quick else 300)
+    if kind.startswith("trained"):
+        num_steps = int(kind.rpartition("-")[2])
+        return _train(num_steps=10 if quick else 300, num_tuning=min(num_steps, 3) if quick else num_steps)
     generator = torch.Generator().manual_seed(0)
     draw = _CHANGES.get(kind, _walk(*_STEPS.get(kind, (1e-5, 10))))
     old, new = {}, {}
@@ -104,12 +107,12 @@ class _Small(nn.Module):
         return output
 
 
-def _train(*, num_steps: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _train(*, num_steps: int, num_tuning: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = _Small()
     _fit(model, rate=1e-3, num_steps=num_steps, stride=3)
     before = _as_bfloat16(model)
-    _fit(model, rate=1e-5, num_steps=max(1, num_steps // 3), stride=5)
+    _fit(model, rate=1e-5, num_steps=num_tuning, stride=5)
     return before, _as_bfloat16(model)
 
 

@@ -124,16 +124,16 @@ def test_fingerprints_are_kept_by_what_was_copied(tmp_path: Path) -> None:
 def test_what_the_spare_still_has_is_left_there(is_poked: bool, tmp_path: Path) -> None:
     """Tensors that an earlier version left in the spare are proved there, and brought again if they flipped."""
     slot = make_slot(memory=hotglm.MemoryPolicy(small_nbytes=0))
-    versions = [state(1, 1, 1), state(2, 1, 1), state(3, 1, 1), state(4, 1, 2)]
+    versions, receipts = [state(1, 1, 1), state(2, 1, 1), state(3, 1, 1), state(4, 1, 2)], []
     for number, tensors in enumerate(versions, start=1):
         if number == 4 and is_poked:
             poke(slot._core.admission.live.held[0].module.state_dict()["layers.1.weight"])
-        receipt = slot.update(write_full(tmp_path, number, tensors))
+        receipts.append(slot.update(write_full(tmp_path, number, tensors)))
         assert same_state(slot.live.module, cold(tensors))
-    origins, poked = receipt.origins, 8 * 8 * 4 if is_poked else 0
+    origins, poked = receipts[-1].origins, 8 * 8 * 4 if is_poked else 0
     assert (origins.read_nbytes, origins.copied_nbytes, origins.found_nbytes) == (2 * LAYER, poked, LAYER - poked)
     assert origins.drifted == ()
-    assert "found in the spare" in receipt.explain()
+    assert "found in the spare" in receipts[-1].explain()
 
 
 def test_nothing_that_is_known_is_hashed_or_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

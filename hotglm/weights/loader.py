@@ -285,7 +285,7 @@ class _SupplyJob:
             loaded=self.loaded,
             options=self._options,
             source=view if is_converted else None,
-            mismatch=(DeltaError, "DELTA_RESULT_MISMATCH"),
+            mismatch="DELTA_RESULT_MISMATCH",
         )
         if is_converted:
             self.loaded.converted.append(name)

@@ -194,11 +194,11 @@ def prove_tensor(
     loaded: Loaded,
     options: LoadOptions,
     source: torch.Tensor | None = None,
-    mismatch: tuple[type[Exception], str] = (DigestMismatchError, "DIGEST_MISMATCH"),
+    mismatch: str = "DIGEST_MISMATCH",
 ) -> None:
     """Hash the tensor where that is wanted and not done yet, and note what is wrong with its values.
 
-    `mismatch` is the kind and the code of the problem where it has another digest than was promised.
+    `mismatch` is the code of the problem where it has another digest than was promised.
     """
     expected = options.expected.get(name)
     if digest is None and (options.digest or expected is not None):
@@ -210,9 +210,9 @@ def prove_tensor(
     if expected is not None and digest != expected:
         loaded.problems.append(
             (
-                mismatch[0],
+                DigestMismatchError,
                 Problem(
-                    code=mismatch[1],
+                    code=mismatch,
                     message=f"Expected digest {expected}, got {digest}",
                     tensor=name,
                     expected=expected,
