@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 import tracemalloc
@@ -24,11 +25,19 @@ from hotglm.errors import (
     SourceError,
     StoreConflictError,
 )
+from hotglm.manifest import format_manifest
+from hotglm.manifest_fields import MANIFEST_NAME
 from hotglm.progress import Progress
 from hotglm.release.directory import open_release
+from hotglm.release.hashing import num_hash_threads
 from hotglm.weights.zstd import compress
+from support.bytes_maker import split_file
 from support.deltas import Part, State, change_state, draw_state, edit_delta, pack_state, read_tree
+from support.mutator import mutate_bytes
+from support.peak import read_peak
 
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # flushing a disk takes longer than all the rest
+GOLDEN = Path(__file__).parent / "golden" / "deltas-1"
 BIG: State = {
     "kept": ("F32", (50,), random.Random(1).randbytes(200)),
     "whole": ("F32", (50,), random.Random(2).randbytes(200)),
@@ -67,7 +76,7 @@ def delta(tmp_path: Path) -> Path:
 def test_a_delta_and_its_base_give_the_very_bytes(seed: int, old_files: int, new_files: int) -> None:
     """C16, C12: base and delta give every file of the target, for all dtypes, empty, 0-rank and one-byte tensors."""
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         directory = Path(name)
         old = draw_state(rng, 5)
         new = change_state(rng, old) or draw_state(rng, 3)
@@ -160,6 +169,31 @@ def test_progress_counts_every_byte(delta: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         materialize(delta, parent / "stopped", progress=stop)
     assert not [path for path in parent.iterdir() if path.name == "stopped" or path.name.endswith(".partial")]
+
+
+def test_golden_deltas_lead_to_their_bytes_for_ever(tmp_path: Path) -> None:
+    """B30: a chain of format 1 that was made once, with every codec, gives the same release in every later hotglm."""
+    with open_release(GOLDEN / "delta-3") as release, materialize(release, tmp_path / "made") as made:
+        release.verify()
+        assert format_manifest(release.manifest) == (GOLDEN / "delta-3" / MANIFEST_NAME).read_bytes()
+        assert release.digest == "sha256:1cff9bff9d530b1cf9256b30d91a413565d6d82144b0790e1e4d2a8ff4f782bc"
+        assert made.digest == "sha256:4d9407978e07dc4859ea13b81b06f41f0840d7e7767ca7245484aa322ce780bc"
+        assert release.result_digest == made.digest
+        made.verify()
+
+
+def test_memory_is_bounded_by_tensors_and_not_by_releases() -> None:
+    """Making and materialising hold a few tensors for each core, however many there are."""
+    nbytes, num = 2 << 20, 50
+    most = 8 * (num_hash_threads() + 1) * nbytes  # old, new, difference and result, twice for each thread
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        directory, half = Path(name), random.Random(3).randbytes(nbytes // 2)
+        old: State = {f"w{number}": ("I8", (nbytes,), half * 2) for number in range(num)}
+        new: State = {name: ("I8", (nbytes,), half + bytes(nbytes // 2)) for name in old}
+        before, after = pack_state(directory, 1, old), pack_state(directory, 2, new)
+        del old, new
+        assert read_peak(lambda: make_delta(before, after, directory / "delta").close()) < most
+        assert read_peak(lambda: materialize(directory / "delta", directory / "made").close()) < most
 
 
 # -- what it is not ----------------------------------------------------------------------------------------------------
@@ -302,6 +336,32 @@ def test_a_part_that_nobody_uses_is_refused(delta: Path) -> None:
     """C05: what is in a payload without a use is no part of a delta."""
     edit_delta(delta, parts={"more": ("U8", (3,), b"abc")})
     assert refused(delta).code == "DELTA_PART_UNUSED"
+
+
+def test_payloads_of_somebody_with_ill_will_never_surprise(delta: Path) -> None:
+    """C03 to C06: parts with any bytes, under digests that fit them, give the promised release or a typed refusal."""
+    rng, num_refused = random.Random(7), 0
+    good = {name: (delta / name).read_bytes() for name in ("delta.safetensors", MANIFEST_NAME)}
+    text, data = split_file(good["delta.safetensors"])
+    header = json.loads(text)
+    for number in range(100):
+        name = rng.choice(sorted(header))
+        start, stop = header[name]["data_offsets"]
+        part = mutate_bytes(data[start:stop], data, rng)
+        size = {"U8": 1, "F32": 4, "BF16": 2}[header[name]["dtype"]]
+        shape = (len(part) // size,)
+        for path, content in good.items():
+            (delta / path).write_bytes(content)
+        edit_delta(delta, parts={name: (header[name]["dtype"], shape, part[: shape[0] * size])})
+        made = delta.parent / f"made-{number}"
+        try:
+            materialize(delta, made).close()
+        except SourceError:
+            num_refused += 1
+            assert not made.exists()
+        else:
+            assert read_tree(made) == read_tree(delta.parent / "full-2")
+    assert num_refused > 70
 
 
 def test_a_header_that_is_not_the_promised_one_is_refused(delta: Path) -> None:
