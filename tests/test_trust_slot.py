@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -237,6 +238,67 @@ def test_a_trust_is_what_open_trust_returns(tmp_path: Path) -> None:
     """Something else is refused when the slot is made."""
     with pytest.raises(hotglm.ArgumentError):
         hotglm.ModuleSlot(Tiny(), trust="roots.json")  # type: ignore[arg-type]  # that is the point
+
+
+# -- deltas ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_delta_is_signed_like_a_full_release(world: World, tmp_path: Path) -> None:
+    """A delta is accepted by its own signatures; its base, which nobody signed, is bound by digests alone."""
+    key = make_key("release")
+    base, new = pack_tiny(tmp_path / "a"), pack_tiny(tmp_path / "b", version="1.1.0")
+    world.slot.update(make_release(tmp_path / "first", version="0.9.5"))
+    hotglm.make_delta(base, new, tmp_path / "unsigned").close()
+    world.refuse(tmp_path / "unsigned", hotglm.SignatureError, SignatureRefusedEvent)
+    hotglm.make_delta(base, new, tmp_path / "signed", signing_key=key).close()
+    world.slot.update(tmp_path / "signed")
+    assert str(world.slot.version) == "1.1.0"
+    hotglm.sign_release(new, key)
+    world.slot.update(new)  # in full: the same result under the same version is no news
+    (base / "a.txt").write_text("siDe")
+    world.slot.update(tmp_path / "signed")
+
+
+def test_a_delta_on_another_base_is_refused(world: World, tmp_path: Path) -> None:
+    """A base that was changed behind a signed delta is found out by the digests that the delta was signed with."""
+
+    def pack_filled(name: str, number: float, version: str) -> Path:
+        file = tmp_path / f"{name}.safetensors"
+        hotglm.save_weights({"w": torch.full((2,), number)}, file, name="ranker", version=version)
+        hotglm.pack(file, tmp_path / name).close()
+        return tmp_path / name
+
+    base, new = pack_filled("a", 1.0, "1.0.0"), pack_filled("b", 1.0, "1.1.0")
+    hotglm.make_delta(base, new, tmp_path / "delta", signing_key=make_key("release")).close()
+    kept = tmp_path / "elsewhere" / "a"
+    kept.parent.mkdir()
+    base.rename(kept)
+    shutil.rmtree(new)
+    evil = pack_filled("a.evil", 6.0, "1.0.0")
+    evil.rename(base)
+    world.refuse(tmp_path / "delta", hotglm.DeltaError, RefusedEvent)
+    shutil.rmtree(base)
+    kept.rename(base)
+    world.slot.update(tmp_path / "delta")
+    assert world.slot().tolist() == [1.0, 1.0]
+
+
+def test_a_published_delta_is_signed(tmp_path: Path) -> None:
+    """`publish_delta` signs what it publishes, as a delta and in full."""
+    trust = Host(tmp_path).open()
+    store = hotglm.open_store(tmp_path / "store", creates=True)
+    for version in ("1.0.0", "1.1.0"):
+        pack_tiny(tmp_path / version, version=version)
+        hotglm.publish_delta(
+            store,
+            tmp_path / f"{version}.source",
+            name="ranker",
+            version=version,
+            details=ReleaseDetails(signing_key=make_key("release")),
+            policy=hotglm.DeltaPolicy(max_ratio=1.0),
+        )
+        with store.open_release(version) as release:
+            trust.accept(trust.verify(release))
 
 
 # -- stores and packing ------------------------------------------------------------------------------------------------

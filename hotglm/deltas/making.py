@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,6 +37,9 @@ from hotglm.release.writing import writing
 from hotglm.weights.delta_codec import encode
 from hotglm.weights.digest import digest_tensor, tensor_bytes
 from hotglm.weights.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    from hotglm.trust.keys import SigningKey
 
 __all__ = ["Payload", "PayloadOverrun", "make_delta", "name_payload", "write_payload"]
 
@@ -84,6 +88,7 @@ def make_delta(
     new: str | os.PathLike[str] | Release,
     destination: str | os.PathLike[str],
     *,
+    signing_key: SigningKey | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Release:
     """Make a delta that leads from one release to another, and open it.
@@ -95,6 +100,7 @@ def make_delta(
         old: the base: a release, full or itself a delta with its bases beside it.
         new: what it leads to; likewise.
         destination: a directory that does not exist yet. To be applied, it must stand beside its base.
+        signing_key: signs the delta before it appears; None for no signature.
         progress: told about every tensor, one at a time; what it raises ends the making.
 
     Returns:
@@ -120,7 +126,8 @@ def make_delta(
             payload = write_payload(before, after, os.path.join(workspace, name), mode=_MODE, progress=progress)
             files[name] = payload.entry
             made = replace(manifest, files=files, delta=payload.make_fields(base, name))
-            write_manifest(workspace, format_manifest(made), files, mode=_MODE)
+            sign = None if signing_key is None else signing_key.sign_manifest
+            write_manifest(workspace, format_manifest(made), files, mode=_MODE, sign=sign)
     return open_release(path)
 
 

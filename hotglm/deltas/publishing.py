@@ -117,7 +117,11 @@ def publish_delta(
             workspace = stack.enter_context(make_store_workspace(store))
             made = _make(ResultReader(chain, stack=stack), new, draft, workspace, policy=policy, progress=progress)
             return publish_workspace(
-                store, workspace, made.files, lambda sequence: made.make_manifest(stated, sequence)
+                store,
+                workspace,
+                made.files,
+                lambda sequence: made.make_manifest(stated, sequence),
+                sign=details.sign,
             )
     return store.publish(source, name=name, version=version, details=details, progress=progress)
 

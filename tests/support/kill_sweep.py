@@ -23,6 +23,7 @@ from hotglm.errors import HotglmError
 from hotglm.release import environment
 from hotglm.testing.seams import hooked
 from support.kill_scenarios import SCENARIOS, Scenario, verify_store
+from support.kill_trust import TRUST_SCENARIOS
 
 __all__ = ["Killer", "sweep", "verify_store"]
 
@@ -86,7 +87,7 @@ def run_failing(scenario: Scenario, number: int, how: str) -> bool:
 
 def sweep(name: str, how: str, step: int, directory: Path) -> int:
     """Try every call of a scenario, or every `step`th; return how many there are, about."""
-    scenario = SCENARIOS[name](directory)
+    scenario = {**SCENARIOS, **TRUST_SCENARIOS}[name](directory)
     run = run_killed if how in ("kill", "torn") else run_failing
     for number in range(1, 100_000, step):
         scenario.round += 1
