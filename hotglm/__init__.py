@@ -159,6 +159,7 @@ _EXPORTS: dict[str, str] = {
     "materialize": "hotglm.deltas.materializing",
     "migrate_weights": "hotglm.model.migrated_file",
     "migrations_of": "hotglm.model.registry",
+    "note_stream": "hotglm.weights.cuda",
     "open_release": "hotglm.release.directory",
     "open_store": "hotglm.release.store_opening",
     "open_trust": "hotglm.trust.opening",

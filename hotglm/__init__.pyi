@@ -475,6 +475,9 @@ from hotglm.watching.watcher import (
 from hotglm.watching.watcher import (
     watch as watch,
 )
+from hotglm.weights.cuda import (
+    note_stream as note_stream,
+)
 
 __version__: str
 __all__: list[str]  # noqa: PYI035 - a third copy of the names; those above are what is exported

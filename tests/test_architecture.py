@@ -249,6 +249,7 @@ PUBLIC_NAMES = [
     "materialize",
     "migrate_weights",
     "migrations_of",
+    "note_stream",
     "open_release",
     "open_store",
     "open_trust",

@@ -14,8 +14,10 @@ from torch import nn
 
 from hotglm.model.inspection import StateEntry
 from hotglm.model.references import is_a, is_array, is_fake
+from hotglm.weights import places
 from hotglm.weights.arena import ALIGNMENT
-from hotglm.weights.layout import Extent, Layout, plan_layout
+from hotglm.weights.device import Device
+from hotglm.weights.layout import Extent, Layout, join_layouts, plan_layout
 
 __all__ = ["Parts", "extent_nbytes", "lay_out", "overlaps_itself"]
 
@@ -33,23 +35,57 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
     return extent_nbytes(tensor) < tensor.numel() * tensor.element_size()
 
 
-def lay_out(entries: Iterable[StateEntry]) -> Layout:
+def lay_out(entries: Iterable[StateEntry], *, like: Iterable[StateEntry] = ()) -> Layout:
     """Return where the tensors of a module go in an arena.
 
-    Expanded tensors, whose elements share memory, get room for all of their elements.
+    Expanded tensors, whose elements share memory, get room for all of their elements. Addresses of devices and of the
+    processor are one space, so nothing that is on one overlaps what is on another.
+
+    Args:
+        entries: the state of the module.
+        like: the state of the module that it is to replace: each tensor goes where that has one of its name, and what
+            it has none of where all of its tensors are, if that is one place; else a tensor stays where it is.
     """
-    extents: list[Extent] = []
-    for entry in entries:
+    homes = _Homes(like)
+    groups: dict[str, tuple[Device | None, list[Extent]]] = {}
+    for index, entry in enumerate(entries):
         expanded = overlaps_itself(entry.tensor)
+        device = homes.find(entry)
+        _, extents = groups.setdefault("" if device is None else device.name, (device, []))
         extents.append(
             Extent(
                 name=entry.name,
                 # An address of its own: negative, so that it meets no real one and no other.
-                address=-(len(extents) + 1) << 48 if expanded else entry.tensor.data_ptr(),
+                address=-(index + 1) << 48 if expanded else entry.tensor.data_ptr(),
                 nbytes=entry.tensor.numel() * entry.tensor.element_size() if expanded else extent_nbytes(entry.tensor),
             )
         )
-    return plan_layout(extents, alignment=ALIGNMENT)
+    if set(groups) <= {""}:
+        return plan_layout(groups[""][1] if groups else (), alignment=ALIGNMENT)
+    parts = [(device, plan_layout(extents, alignment=ALIGNMENT)) for device, extents in groups.values()]
+    return join_layouts(parts, alignment=ALIGNMENT)
+
+
+class _Homes:
+    """On which device each tensor of a module is to be."""
+
+    def __init__(self, like: Iterable[StateEntry]) -> None:
+        self._by_name = {entry.name: places.active.find(entry.tensor) for entry in like}
+        self._by_address: dict[int, Device | None] = {}
+        found = {id(device): device for device in self._by_name.values()}
+        self._others = list(found.values()) if len(found) == 1 else []
+
+    def find(self, entry: StateEntry) -> Device | None:
+        address = entry.tensor.data_ptr()
+        if address in self._by_address:  # one tensor under two names is on one device
+            return self._by_address[address]
+        if entry.name in self._by_name:
+            device = self._by_name[entry.name]
+        else:
+            device = self._others[0] if self._others else places.active.find(entry.tensor)
+        if address:
+            self._by_address[address] = device
+        return device
 
 
 class Parts:
@@ -77,7 +113,12 @@ class Parts:
 
     def find_offset(self, tensor: torch.Tensor) -> int | None:
         """Return where the bytes of `tensor` go in the arena, or None if they are not those of a part."""
-        if is_fake(tensor) or tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_meta:
+        if (
+            is_fake(tensor)
+            or tensor.layout is not torch.strided
+            or tensor.is_meta
+            or not places.active.supports(tensor)
+        ):
             return None
         if overlaps_itself(tensor):
             return None

@@ -23,6 +23,8 @@ class GradMode:
     inference: bool
     autocast: bool
     autocast_dtype: torch.dtype
+    cuda_autocast: bool
+    cuda_autocast_dtype: torch.dtype
 
     @classmethod
     def current(cls) -> GradMode:
@@ -32,6 +34,8 @@ class GradMode:
             inference=torch.is_inference_mode_enabled(),
             autocast=torch.is_autocast_enabled("cpu"),
             autocast_dtype=torch.get_autocast_dtype("cpu"),
+            cuda_autocast=torch.is_autocast_enabled("cuda"),
+            cuda_autocast_dtype=torch.get_autocast_dtype("cuda"),
         )
 
     @contextlib.contextmanager
@@ -41,5 +45,6 @@ class GradMode:
             torch.inference_mode(self.inference),
             torch.set_grad_enabled(self.grad and not self.inference),
             torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast),
+            torch.autocast("cuda", dtype=self.cuda_autocast_dtype, enabled=self.cuda_autocast),
         ):
             yield

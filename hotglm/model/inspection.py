@@ -32,6 +32,7 @@ from hotglm.errors import (
 from hotglm.model.compiled import is_optimized
 from hotglm.model.recording import record_outputs
 from hotglm.model.registry import find_definition
+from hotglm.weights import places
 from hotglm.weights.dtypes import dtype_name
 
 _CANNOT_SWAP = "CANNOT_SWAP_COMPILED"
@@ -130,7 +131,7 @@ def verify_holdable(module: nn.Module) -> None:
 
     Raises:
         NotMaterializedError: lazy or meta tensors.
-        UncopyableError: sparse, quantised, nested, subclassed or off-CPU tensors, extra state.
+        UncopyableError: sparse, quantised, nested, or subclassed tensors, those of an unknown device, extra state.
         UnswappableError: TorchScript, or what torch.compile returned, among others.
         ModuleError: it is not a module, or is itself a slot.
     """
@@ -163,7 +164,7 @@ def verify_holdable(module: nn.Module) -> None:
         raise UncopyableError(
             "Expected a module that can be copied structurally.",
             problems=problems,
-            remedy="replace the named parts by plain dense CPU tensors and ordinary modules.",
+            remedy="replace the named parts by plain dense tensors, on the CPU or a CUDA device, and ordinary modules.",
         )
 
 
@@ -206,14 +207,14 @@ def _find_unsupported_tensors(root: nn.Module) -> Iterator[Problem]:
         if reason := find_tensor_fault(entry.tensor):
             yield Problem(
                 code="UNSUPPORTED_TENSOR",
-                message=f"Expected a plain dense CPU tensor, got {reason}",
+                message=f"Expected a plain dense tensor on the CPU or a CUDA device, got {reason}",
                 tensor=entry.name,
                 found=type(entry.tensor).__name__,
             )
 
 
 def find_tensor_fault(tensor: torch.Tensor) -> str | None:
-    """Return what keeps `tensor` from being a plain dense one on the CPU, as the rest of a sentence, or None."""
+    """Return what keeps `tensor` from being a plain dense one on a device we know, as the rest of a sentence."""
     if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
         return f"the subclass {type(tensor).__name__}"
     if tensor.layout is not torch.strided:
@@ -222,6 +223,6 @@ def find_tensor_fault(tensor: torch.Tensor) -> str | None:
         return "a quantised tensor"
     if tensor.is_nested:
         return "a nested tensor"
-    if tensor.device.type != "cpu":
+    if not places.active.supports(tensor):
         return f"one on {tensor.device}"
     return None

@@ -87,6 +87,8 @@ class StagePolicy:
         convert_dtypes: convert floating-point tensors to the module's dtype instead of refusing them.
         num_threads: threads that read and hash; None means all cores of the process but one, at least 1, at most 4.
         nice: how much the threads that read, copy and hash lower their priority, 0 to 19; 0 leaves it alone.
+        max_bytes_per_s: most bytes that a load moves in a second, to leave memory bus and copy engines to the service;
+            None means all that is there.
         timeout_s: give up a stage after this time, in seconds; None means never.
     """
 
@@ -99,6 +101,7 @@ class StagePolicy:
     convert_dtypes: bool = False
     num_threads: int | None = None
     nice: int = 10
+    max_bytes_per_s: float | None = None
     timeout_s: float | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -114,6 +117,7 @@ class StagePolicy:
         wrong = [
             *(["num_threads"] if self.num_threads is not None and self.num_threads < 1 else []),
             *(["nice"] if not 0 <= self.nice <= 19 else []),
+            *(["max_bytes_per_s"] if self.max_bytes_per_s is not None and not self.max_bytes_per_s > 0 else []),
             *(["timeout_s"] if self.timeout_s is not None and not self.timeout_s > 0 else []),
             *(["checks"] if not _is_tuple_of(self.checks, callable) else []),
             *(["goldens"] if not _is_tuple_of(self.goldens, lambda item: isinstance(item, Golden)) else []),

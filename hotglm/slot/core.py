@@ -48,6 +48,7 @@ from hotglm.slot.staged import RECEIPT_PARTS, Staged, StageRecord
 from hotglm.slot.stager import Stager, clear_frames
 from hotglm.slot.staging import StageRequest
 from hotglm.version import Version
+from hotglm.weights import places
 from hotglm.weights.workers import Cancellation, yield_gil
 
 __all__ = ["SlotCore"]
@@ -270,6 +271,7 @@ class SlotCore:
             migrations=settings.migrations,
             trust=settings.trust,
             mode=GradMode.current(),
+            streams=places.active.read_streams(),
             live=live,
             number=next(self._numbers),
             owner=self.admission,

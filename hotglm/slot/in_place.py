@@ -30,6 +30,7 @@ from torch import nn
 
 from hotglm.errors import DrainTimeoutError, Problem, ReentrantError, StageFailedError, UnswappableError
 from hotglm.model.derived import Marks
+from hotglm.model.inspection import find_state
 from hotglm.model.pairing import find_moved, pair_states, read_addresses
 from hotglm.model.twin import find_loose_tensors
 from hotglm.problem import HotglmError, describe_exception
@@ -38,6 +39,7 @@ from hotglm.slot.gate import Closing, Gate, Ticket
 from hotglm.slot.generation import Generation
 from hotglm.slot.passage import admit
 from hotglm.slot.policies import InPlace, InPlaceRecord
+from hotglm.weights import places
 from hotglm.weights.digest import digest_tensor
 from hotglm.weights.exchange import Exchange, Pair
 from hotglm.weights.workers import start_thread
@@ -87,14 +89,32 @@ class Ready:
     loose: tuple[Any, ...]
 
 
+def _verify_on_processor(module: nn.Module) -> None:
+    found = {entry.name: device.name for entry in find_state(module) if (device := places.active.find(entry.tensor))}
+    if found:
+        raise UnswappableError(
+            "Expected a module in the processor's memory for swaps in place, got tensors on devices.",
+            problems=[
+                Problem(code="CANNOT_SWAP", message=f"Expected it on the CPU, got it on {device}", tensor=name)
+                for name, device in found.items()
+            ],
+            remedy="leave swap at hotglm.Flip(), which keeps two arenas on the device.",
+        )
+
+
 class InPlaceAdmission(Admission):
     """The publication of a slot whose live module never changes, and the gate in front of it."""
 
     __slots__ = ("_addresses", "_changing", "_num_writes", "_policy", "_writing_bytes", "gate")
 
     def __init__(self, generation: Generation, *, name: str, policy: InPlace) -> None:
-        """Publish the first generation; where its tensors lie is noted."""
+        """Publish the first generation; where its tensors lie is noted.
+
+        Raises:
+            UnswappableError: some of them are on a device.
+        """
         super().__init__(generation, name=name)
+        _verify_on_processor(generation.module)
         self.gate = Gate()
         self._policy = policy
         self._changing = threading.Lock()

@@ -6,6 +6,7 @@ Rules this module keeps:
   written it was taken again. So a tensor with the digest that is wanted has the bytes that are wanted, unless
   something has written it since; that is found out when it is copied (weights/seals.py).
 - Names of one tensor share what is known of it.
+- What is live on a device is not copied from here: the loaders that would are those of the processor.
 - The live module is only read; whoever loads from it holds its generation meanwhile.
 """
 
@@ -18,6 +19,7 @@ from hotglm.contract import Contract
 from hotglm.delta_plan import TensorIdentity
 from hotglm.model.inspection import find_state
 from hotglm.slot.generation import Generation
+from hotglm.weights import places
 from hotglm.weights.dtypes import dtype_name
 from hotglm.weights.seals import Seal, seal_tensor
 from hotglm.weights.supply import Kept
@@ -31,7 +33,7 @@ def find_kept(live: Generation, code: Contract) -> dict[str, Kept]:
     return {
         entry.name: Kept(tensor=entry.tensor.detach(), seal=seals[_first(live, entry.name)])
         for entry in find_state(live.module)
-        if entry.persistent and entry.tensor.device.type == "cpu" and _first(live, entry.name) in seals
+        if entry.persistent and _first(live, entry.name) in seals and places.active.find(entry.tensor) is None
         if (spec := code.state.get(entry.name)) is not None
         if (spec.dtype, spec.shape) == (dtype_name(entry.tensor.dtype), tuple(entry.tensor.shape))
     }
@@ -56,6 +58,7 @@ def plan_sealing(live: Generation, names: Iterable[str]) -> list[Callable[[], No
         _first(live, entry.name): entry.tensor.detach()
         for entry in find_state(live.module)
         if entry.persistent and entry.name in wanted and _first(live, entry.name) not in seals
+        if places.active.find(entry.tensor) is None
     }
 
     def seal(first: str) -> None:

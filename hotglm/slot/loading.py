@@ -21,10 +21,15 @@ from hotglm.slot.receipt import Origins
 from hotglm.slot.source import Offer
 from hotglm.slot.spare import TakenSpare
 from hotglm.slot.supplying import open_supply
+from hotglm.weights.arena import Lease
+from hotglm.weights.budget import UNLIMITED, Budget
 from hotglm.weights.loader import load_supply, load_tensors
 from hotglm.weights.migration import load_migrated
 from hotglm.weights.proof import Loaded, LoadOptions, Target
+from hotglm.weights.seals import Seal
+from hotglm.weights.split_arena import SplitLease
 from hotglm.weights.supply import Supply
+from hotglm.weights.upload import Given, load_split
 from hotglm.weights.workers import Cancellation, run_tasks
 
 __all__ = ["Loading"]
@@ -84,6 +89,7 @@ class Loading:
             SourceError, TensorValueError, NonFiniteError: the bytes cannot be used; everything is named.
             MigrationStepError: a migration failed. MissingExtraError: a delta needs an extra.
         """
+        rate = self._policy.max_bytes_per_s
         options = LoadOptions(
             digest=self._policy.digest,
             finite=self._policy.finite,
@@ -91,6 +97,7 @@ class Loading:
             num_threads=self._num_threads,
             nice=self._policy.nice,
             cancellation=self._cancellation,
+            budget=UNLIMITED if rate is None else Budget(rate),
             report=_Meter(report, total_nbytes=self._offer.nbytes).add,
         )
         loaded = self._load(targets, taken, options=options)
@@ -106,14 +113,38 @@ class Loading:
         return loaded, origins
 
     def _load(self, targets: Mapping[str, Target], taken: TakenSpare, *, options: LoadOptions) -> Loaded:
-        offer, supply, lease = self._offer, self._supply, taken.lease
-        if offer.migration is not None:
-            source = offer.files or supply or offer.tensors or {}
-            return load_migrated(source, offer.migration.plan, targets, lease=lease, options=options)
-        if supply is not None:
+        offer, lease = self._offer, taken.lease
+        given = self._supply or offer.tensors or {}
+        if not isinstance(lease, SplitLease):
             left = taken.arena.left if self._policy.reuse else {}
-            return load_supply(supply, targets, lease=lease, options=options, left=left)
-        return load_tensors(offer.tensors or {}, targets, options=options)
+            return self._load_here(given, targets, lease=lease, options=options, left=left)
+        return load_split(
+            given,
+            targets,
+            lease=lease,
+            options=options,
+            names=[name for name in targets if name in offer.contract.state],
+            load=lambda rest, views, image: self._load_here(rest, views, lease=image, options=options, left={}),
+            is_plain=offer.migration is None,
+        )
+
+    def _load_here(
+        self,
+        given: Given,
+        targets: Mapping[str, Target],
+        *,
+        lease: Lease,
+        options: LoadOptions,
+        left: Mapping[int, Seal],
+    ) -> Loaded:
+        """Fill targets in the processor's memory from all that is given, or from a part of it."""
+        offer = self._offer
+        if offer.migration is not None:
+            source = offer.files or self._supply or offer.tensors or {}
+            return load_migrated(source, offer.migration.plan, targets, lease=lease, options=options)
+        if isinstance(given, Supply):
+            return load_supply(given, targets, lease=lease, options=options, left=left)
+        return load_tensors(given, targets, options=options)
 
     def _seal_live(self, names: Iterable[str]) -> None:
         run_tasks(

@@ -8,7 +8,7 @@ Rules this module keeps:
   leaves the rollback target untouched. For larger ones the user decides with `max_copies`.
 - An arena that somebody outside still holds is never written; it is left to them and another one is taken, if the plan
   allows it (`[Note: lease]` in weights/arena.py).
-- The plan is made, and may be refused, before anything is allocated or given up.
+- The plan is made, and may be refused, before anything is allocated or given up, on every device.
 """
 
 from __future__ import annotations
@@ -20,8 +20,18 @@ from dataclasses import dataclass
 
 from hotglm.errors import ArgumentError, MemoryPlanError
 from hotglm.weights.arena import Arena
+from hotglm.weights.layout import Region
+from hotglm.weights.split_arena import SplitArena
 
-__all__ = ["RESERVE_NBYTES", "ArenaPool", "MemoryPlan", "MemoryPolicy", "read_available_nbytes", "verify_room"]
+__all__ = [
+    "RESERVE_NBYTES",
+    "ArenaPool",
+    "DevicePlan",
+    "MemoryPlan",
+    "MemoryPolicy",
+    "read_available_nbytes",
+    "verify_room",
+]
 
 
 RESERVE_NBYTES = 64 << 20
@@ -65,6 +75,21 @@ class MemoryPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan:
+    """The part of a spare that is on one device other than the processor.
+
+    Attributes:
+        name: of the device, `cuda:0`.
+        nbytes: of the spare that are on it.
+        available_nbytes: what it had free when the plan was made, with what the plan gives up there.
+    """
+
+    name: str
+    nbytes: int
+    available_nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Where the spare's memory comes from.
 
@@ -73,7 +98,8 @@ class MemoryPlan:
         reuses: whether an arena that is free now is taken.
         retires: numbers of the held generations that are given up for it, the rollback targets that end here.
         allocates_nbytes: fresh memory, 0 where an arena is reused.
-        available_nbytes: what the machine and its limits left when the plan was made.
+        available_nbytes: what the machine and its limits left when the plan was made; of the processor's memory.
+        devices: the parts that are not in the processor's memory.
     """
 
     nbytes: int
@@ -81,6 +107,7 @@ class MemoryPlan:
     retires: tuple[int, ...]
     allocates_nbytes: int
     available_nbytes: int
+    devices: tuple[DevicePlan, ...] = ()
 
     def explain(self) -> str:
         """Return the plan as one sentence."""
@@ -92,7 +119,11 @@ class MemoryPlan:
         given_up = (
             f"; gives up generation {', '.join(map(str, self.retires))} as rollback target" if self.retires else ""
         )
-        return f"The spare takes {self.nbytes} bytes from {origin}{given_up}."
+        parts = "".join(
+            f"; {part.nbytes} of them on {part.name}, which has {part.available_nbytes} available"
+            for part in self.devices
+        )
+        return f"The spare takes {self.nbytes} bytes from {origin}{parts}{given_up}."
 
 
 class ArenaPool:
@@ -114,20 +145,20 @@ class ArenaPool:
         """Bytes in arenas that only outsiders still hold."""
         return sum(nbytes for lease, nbytes in list(self._given_up) if lease() is not None)
 
-    def find_free(self, nbytes: int) -> Arena | None:
-        """Return the smallest free arena that holds `nbytes`, or None."""
-        fitting = [arena for arena in self._arenas if arena.is_free and arena.nbytes >= nbytes]
+    def find_free(self, nbytes: int, regions: tuple[Region, ...] = ()) -> Arena | None:
+        """Return the smallest free arena that holds `nbytes`, in those regions where there are any, or None."""
+        fitting = [arena for arena in self._arenas if arena.is_free and arena.fits(nbytes, regions)]
         return min(fitting, key=lambda arena: arena.nbytes, default=None)
 
-    def allocate(self, nbytes: int) -> Arena:
+    def allocate(self, nbytes: int, regions: tuple[Region, ...] = ()) -> Arena:
         """Map a new arena; free ones that are too small for it are dropped first.
 
         Raises:
             MemoryPlanError: the system has no such memory.
         """
-        self._arenas = [arena for arena in self._arenas if not arena.is_free or arena.nbytes >= nbytes]
+        self._arenas = [arena for arena in self._arenas if not arena.is_free or arena.fits(nbytes, regions)]
         self._given_up = [(lease, held) for lease, held in self._given_up if lease() is not None]
-        arena = Arena(nbytes)
+        arena = SplitArena(regions) if regions else Arena(nbytes)
         self._arenas.append(arena)
         return arena
 
@@ -152,13 +183,27 @@ class ArenaPool:
         return tuple(arena for arena in list(self._arenas) if not arena.is_free)
 
     @property
+    def free(self) -> tuple[Arena, ...]:
+        """The arenas that nobody uses; an allocation drops them first."""
+        return tuple(arena for arena in list(self._arenas) if arena.is_free)
+
+    @property
     def free_nbytes(self) -> int:
-        """Bytes in arenas that nobody uses; an allocation drops them first."""
-        return sum(arena.nbytes for arena in list(self._arenas) if arena.is_free)
+        """Bytes in them."""
+        return sum(arena.nbytes for arena in self.free)
 
 
-def verify_fits(nbytes: int, *, pool_nbytes: int, policy: MemoryPolicy, available_nbytes: int, holders: str) -> None:
-    """Return when `nbytes` of fresh memory are allowed and there.
+def verify_fits(
+    nbytes: int,
+    *,
+    host_nbytes: int,
+    pool_nbytes: int,
+    policy: MemoryPolicy,
+    available_nbytes: int,
+    devices: tuple[DevicePlan, ...],
+    holders: str,
+) -> None:
+    """Return when `nbytes` of fresh memory are allowed, and there: `host_nbytes` of it here, the rest on devices.
 
     Raises:
         MemoryPlanError: they are not; the text names who holds old memory.
@@ -169,9 +214,16 @@ def verify_fits(nbytes: int, *, pool_nbytes: int, policy: MemoryPolicy, availabl
             f"Expected at most {limit} bytes in all arenas, got {pool_nbytes} and {nbytes} more.{holders}",
             remedy="let go of what holds old generations, or raise MemoryPolicy.limit_nbytes.",
         )
-    if nbytes + RESERVE_NBYTES > available_nbytes:
+    for part in devices:
+        if part.nbytes > part.available_nbytes:
+            raise MemoryPlanError(
+                f"Expected {part.nbytes} bytes of {part.name} for the spare, got {part.available_nbytes} "
+                f"available.{holders}",
+                remedy="free device memory, or let go of old generations.",
+            )
+    if host_nbytes and host_nbytes + RESERVE_NBYTES > available_nbytes:
         raise MemoryPlanError(
-            f"Expected {nbytes} bytes of memory for the spare and {RESERVE_NBYTES} left for the service, "
+            f"Expected {host_nbytes} bytes of memory for the spare and {RESERVE_NBYTES} left for the service, "
             f"got {available_nbytes} available.{holders}",
             remedy="free memory, raise the container's or process's limit, or let go of old generations.",
         )

@@ -83,7 +83,7 @@ class ModuleSlot(ModuleFacade):
         """Take `module` over and make it the first generation.
 
         Args:
-            module: any `nn.Module` with its tensors on the CPU; owned by the slot from now on.
+            module: any `nn.Module` with its tensors on the CPU or CUDA devices; owned by the slot from now on.
             name: name of the slot and the model; what `@versioned` declared, else the class's name.
             version: version of `module`; what `@versioned` declared, else `0.0.0`, from which every step but one to
                 another `0.0.x` is a major one, and refused unless `accept` is `"major"`.

@@ -19,8 +19,12 @@ from hotglm.errors import ConflictError
 from hotglm.slot.admission import Admission
 from hotglm.slot.generation import Generation, Retired
 from hotglm.slot.holders import Holder, Sessions, find_passes
-from hotglm.slot.memory import ArenaPool, MemoryPlan, MemoryPolicy, read_available_nbytes, verify_fits
+from hotglm.slot.memory import ArenaPool, DevicePlan, MemoryPlan, MemoryPolicy, read_available_nbytes, verify_fits
+from hotglm.weights import places
 from hotglm.weights.arena import Arena, Lease
+from hotglm.weights.device import Device
+from hotglm.weights.layout import Region
+from hotglm.weights.split_arena import SplitArena
 from hotglm.weights.workers import Cancellation
 
 __all__ = ["Spares", "TakenSpare", "weights_nbytes"]
@@ -65,26 +69,35 @@ class Spares:
         """Replace the lock in a forked child, where the thread that may have held it does not exist."""
         self._taking = threading.Lock()
 
-    def plan(self, nbytes: int) -> MemoryPlan:
+    def plan(self, nbytes: int, regions: tuple[Region, ...] = ()) -> MemoryPlan:
         """Return where `nbytes` for a spare will come from; change nothing.
+
+        Args:
+            nbytes: of the layout.
+            regions: where they are, if they are not all the processor's.
 
         Raises:
             MemoryPlanError: they are not to be had within the policy and the limits.
         """
         available = read_available_nbytes()
-        if self.pool.find_free(nbytes) is not None:
-            return MemoryPlan(nbytes=nbytes, reuses=True, retires=(), allocates_nbytes=0, available_nbytes=available)
-        retires = self._choose_retired(nbytes)
-        freed = [generation for generation in retires if self._has_room(generation, nbytes)]
+        is_free = self.pool.find_free(nbytes, regions) is not None
+        retires = () if is_free else self._choose_retired(nbytes)
+        devices = self._plan_devices(regions, retires)
+        if is_free:
+            return MemoryPlan(
+                nbytes=nbytes, reuses=True, retires=(), allocates_nbytes=0, available_nbytes=available, devices=devices
+            )
+        freed = [generation for generation in retires if self._has_room(generation, nbytes, regions)]
         allocates = 0 if freed else nbytes
         if allocates:
-            returned = sum(weights_nbytes(generation) for generation in retires) + self.pool.free_nbytes
             dropped = sum(weights_nbytes(generation) for generation in retires if generation.arena is not None)
             verify_fits(
                 allocates,
+                host_nbytes=_host_nbytes(nbytes, regions),
                 pool_nbytes=self.pool.nbytes - self.pool.free_nbytes - dropped,
                 policy=self.policy,
-                available_nbytes=available + returned,
+                available_nbytes=available + self._count_returned(None, retires),
+                devices=devices,
                 holders=self.describe_holders(),
             )
         return MemoryPlan(
@@ -93,9 +106,26 @@ class Spares:
             retires=tuple(generation.number for generation in retires),
             allocates_nbytes=allocates,
             available_nbytes=available,
+            devices=devices,
         )
 
-    def take(self, plan: MemoryPlan, *, cancellation: Cancellation) -> TakenSpare:
+    def _plan_devices(self, regions: tuple[Region, ...], retires: tuple[Generation, ...]) -> tuple[DevicePlan, ...]:
+        return tuple(
+            DevicePlan(
+                name=region.device.name,
+                nbytes=region.nbytes,
+                available_nbytes=region.device.read_free_nbytes() + self._count_returned(region.device, retires),
+            )
+            for region in regions
+            if region.device is not None
+        )
+
+    def _count_returned(self, device: Device | None, retires: tuple[Generation, ...]) -> int:
+        """Return the bytes of a device that come back when `retires` and the free arenas are let go of."""
+        freed = sum(_arena_nbytes(arena, device) for arena in self.pool.free)
+        return freed + sum(_nbytes_on(device, generation) for generation in retires)
+
+    def take(self, plan: MemoryPlan, regions: tuple[Region, ...] = (), *, cancellation: Cancellation) -> TakenSpare:
         """Return a lease for `plan`; what it gives up is given up now.
 
         Raises:
@@ -106,16 +136,16 @@ class Spares:
             cancellation.raise_if_cancelled()
             for number in plan.retires:
                 self._retire(number, cancellation)
-            arena = self._find_free(plan.nbytes)
+            arena = self._find_free(plan.nbytes, regions)
             is_fresh = arena is None
             if arena is None:
-                arena = self._allocate(plan.nbytes)
-            lease = arena.lease()
+                arena = self._allocate(plan.nbytes, regions)
+            lease = arena.lend(regions)
             self.pool.trim()
             return TakenSpare(arena=arena, lease=lease, is_fresh=is_fresh)
 
-    def _find_free(self, nbytes: int) -> Arena | None:
-        arena = self.pool.find_free(nbytes)
+    def _find_free(self, nbytes: int, regions: tuple[Region, ...]) -> Arena | None:
+        arena = self.pool.find_free(nbytes, regions)
         strays = self._find_strays()
         if arena is not None or not strays:
             return arena
@@ -123,7 +153,7 @@ class Spares:
         for stray in strays:
             if not stray.is_free:
                 self.pool.give_up(stray)
-        return self.pool.find_free(nbytes)
+        return self.pool.find_free(nbytes, regions)
 
     def _find_strays(self) -> list[Arena]:
         """Return arenas in use that no generation owns: by a stage that was given up, or whose module somebody kept."""
@@ -132,16 +162,18 @@ class Spares:
         owned += [retired.arena for retired in self.retired]
         return [arena for arena in self.pool.lent if all(arena is not other for other in owned)]
 
-    def _allocate(self, nbytes: int) -> Arena:
+    def _allocate(self, nbytes: int, regions: tuple[Region, ...]) -> Arena:
         self.pool.trim()
         verify_fits(
             nbytes,
+            host_nbytes=_host_nbytes(nbytes, regions),
             pool_nbytes=self.pool.nbytes,
             policy=self.policy,
             available_nbytes=read_available_nbytes(),
+            devices=self._plan_devices(regions, ()),
             holders=self.describe_holders(),
         )
-        return self.pool.allocate(nbytes)
+        return self.pool.allocate(nbytes, regions)
 
     def close(self) -> None:
         """Stop holding anything for rollback, and give every arena to those who still use it."""
@@ -208,8 +240,8 @@ class Spares:
         order = sorted(oldest_first, key=lambda held: (held is live.before, held.number < now))
         return tuple(order[: max(0, num_too_many)])
 
-    def _has_room(self, generation: Generation, nbytes: int) -> bool:
-        return generation.arena is not None and generation.arena.nbytes >= nbytes
+    def _has_room(self, generation: Generation, nbytes: int, regions: tuple[Region, ...]) -> bool:
+        return generation.arena is not None and generation.arena.fits(nbytes, regions)
 
     def retire_now(self, generation: Generation) -> Retired | None:
         """Stop holding a generation for rollback, and watch its memory from now on; None if it was not held."""
@@ -242,3 +274,21 @@ def weights_nbytes(generation: Generation) -> int:
         return generation.arena.nbytes
     tensors = {id(t): t for t in (*generation.module.parameters(), *generation.module.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _host_nbytes(nbytes: int, regions: tuple[Region, ...]) -> int:
+    """Return how many bytes of a layout are in the processor's memory."""
+    return nbytes - sum(region.nbytes for region in regions if region.device is not None)
+
+
+def _arena_nbytes(arena: Arena, device: Device | None) -> int:
+    if isinstance(arena, SplitArena):
+        return arena.find_nbytes(device)
+    return arena.nbytes if device is None else 0
+
+
+def _nbytes_on(device: Device | None, generation: Generation) -> int:
+    if generation.arena is not None:
+        return _arena_nbytes(generation.arena, device)
+    tensors = {id(t): t for t in (*generation.module.parameters(), *generation.module.buffers())}.values()
+    return sum(tensor.nbytes for tensor in tensors if places.active.find(tensor) is device)

@@ -53,8 +53,10 @@ from hotglm.slot.targets import find_targets
 from hotglm.trust.policy import Trust
 from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
-from hotglm.weights.arena import Arena
+from hotglm.weights import places
+from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.digest import combine_digests, digest_tensor
+from hotglm.weights.places import Streams
 from hotglm.weights.plan import CHUNK_NBYTES
 from hotglm.weights.proof import Loaded, Target
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks
@@ -82,6 +84,7 @@ class StageRequest:
     migrations: Migrations | None
     trust: Trust | None
     mode: GradMode
+    streams: Streams
     live: Generation
     number: int
     owner: Admission
@@ -97,6 +100,7 @@ def stage_version(request: StageRequest, spares: Spares, record: StageRecord) ->
         HotglmError: it cannot be staged; the live generation is as it was.
     """
     with ExitStack() as stack:
+        stack.enter_context(places.active.working(request.streams))
         with record.timed("open"):
             offer = open_source(request.source, trust=request.trust)
             stack.callback(offer.close)
@@ -123,13 +127,13 @@ class _Stage:
         cancellation.raise_if_cancelled()
         with record.timed("plan"):
             entries = list(find_state(code.module))
-            layout = lay_out(entries)
-            record.plan = self._spares.plan(layout.nbytes)
+            layout = lay_out(entries, like=find_state(self._request.live.module))
+            record.plan = self._spares.plan(layout.nbytes, layout.regions)
             loading = self._plan_loading(code.contract, stack)
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up
                 verify_copyable(code.module, layout=layout, constants=self._constants(), marks=code.marks)
         with record.timed("memory"):
-            taken = self._spares.take(record.plan, cancellation=cancellation)
+            taken = self._spares.take(record.plan, layout.regions, cancellation=cancellation)
             if taken.is_fresh:
                 self._populate(taken.arena)
         with self._request.owner.reading(), record.timed("copy"):
@@ -139,7 +143,7 @@ class _Stage:
             taken.lease.tie_to(twin.module)
             record.carried = twin.carried
             self._adopt(twin.module)
-            self._carry_over(entries, twin)
+            self._carry_over(entries, twin, taken.lease)
         loaded = self._load(loading, find_targets(twin, layout, entries), taken)
         generation = self._prove(twin, code, taken, loaded)
         cancellation.raise_if_cancelled()
@@ -214,10 +218,11 @@ class _Stage:
 
         self._run_tasks([fault(start) for start in range(0, arena.nbytes, CHUNK_NBYTES)])
 
-    def _carry_over(self, entries: list[StateEntry], twin: Twin) -> None:
-        for entry in entries:
-            if not entry.persistent:
-                twin.views[entry.name].copy_(entry.tensor.detach())
+    def _carry_over(self, entries: list[StateEntry], twin: Twin, lease: Lease) -> None:
+        with lease.submitting():
+            for entry in entries:
+                if not entry.persistent:
+                    twin.views[entry.name].copy_(entry.tensor.detach())
 
     def _adopt(self, module: nn.Module) -> None:
         """Give `module` the training flags and the compilation of what serves, or of what was offered compiled."""
@@ -282,6 +287,9 @@ class _Stage:
             proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
         record.recompiles, record.recaptures = compilations.num_compiled, compilations.num_captured
         forget_compiled(twin.module)
+        # What passes, checks and refreshes have queued is over before anybody can see what it wrote ("publish" in
+        # [Note: streams], weights/device.py).
+        taken.lease.settle_passes()
         self._verify_layout(twin.module, code.contract)
         self._adopt(twin.module)  # again: it may have changed meanwhile
         values = [

@@ -22,6 +22,7 @@ large one. Guarded by `tests/test_arena.py`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +33,12 @@ import torch
 from hotglm import seam
 from hotglm.errors import MemoryPlanError
 from hotglm.problem import describe_exception
+from hotglm.weights.layout import Region
 
 if TYPE_CHECKING:
     from hotglm.weights.seals import Seal
 
-__all__ = ["ALIGNMENT", "Arena", "Lease"]
+__all__ = ["ALIGNMENT", "Arena", "Lease", "tie"]
 
 ALIGNMENT = 64
 """Bytes to which every tensor in an arena is aligned: a cache line, and the widest vector load of a CPU."""
@@ -66,13 +68,21 @@ class Lease:
         Storages can be moved out of the arena under a pass that reads them: `share_memory_`, `set_`, and so everything
         that sends a tensor to another process. The pass holds its module, and so the memory it began in.
         """
-        tie = _Tie(holder, _ties.discard)
-        tie.memory = self._memory
-        _ties.add(tie)
+        tie(self._memory, holder)
 
     def bytes(self, offset: int, nbytes: int) -> memoryview:
         """Return a writable window of `nbytes` from `offset`; it holds the lease like a tensor does."""
         return memoryview(self._memory).cast("B")[offset : offset + nbytes]
+
+    def settle(self) -> None:
+        """Wait until what was submitted to devices for this lease is done: on the CPU there is nothing to wait for."""
+
+    def settle_passes(self) -> None:
+        """Wait until all that was submitted to those devices by anybody is done, passes of a stage included."""
+
+    def submitting(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context in which torch's own writes to this memory come after what was queued over it before."""
+        return contextlib.nullcontext()
 
     def view(
         self, offset: int, *, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
@@ -114,6 +124,13 @@ class _Tie(weakref.ref[object]):
 
 
 _ties: set[_Tie] = set()
+
+
+def tie(memory: object, holder: object) -> None:
+    """Keep `memory` for as long as `holder` lives."""
+    made = _Tie(holder, _ties.discard)
+    made.memory = memory
+    _ties.add(made)
 
 
 class Arena:
@@ -165,6 +182,16 @@ class Arena:
         stop = min(-(-(start + nbytes) // page) * page, len(self._memory))
         if stop > first:
             seam.active.populate(self._memory, first, stop - first)
+
+    def fits(self, nbytes: int, regions: Sequence[Region]) -> bool:
+        """Tell whether a layout of `nbytes`, all of it the processor's, has room in it."""
+        return not regions and self.nbytes >= nbytes
+
+    def lend(self, regions: Sequence[Region]) -> Lease:
+        """Lend the memory for a layout that fits; see `lease`."""
+        if regions:
+            raise RuntimeError("an arena of the processor has no regions")
+        return self.lease()
 
     def lease(self) -> Lease:
         """Lend the memory; what stood in it is anybody's to overwrite from now on.

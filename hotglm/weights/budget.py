@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from hotglm.weights.workers import Cancellation
 
-__all__ = ["BURST_S", "Budget", "Unlimited"]
+__all__ = ["BURST_S", "UNLIMITED", "Budget", "Unlimited"]
 
 BURST_S = 0.1
 """How many seconds' worth of bytes may be moved at once after a pause."""
@@ -31,6 +31,9 @@ class Unlimited:
 
     def take(self, nbytes: int, *, cancellation: Cancellation) -> None:
         """Return at once."""
+
+
+UNLIMITED = Unlimited()
 
 
 class Budget:

@@ -56,6 +56,7 @@ def read_bundle(
     running = hashlib.sha256() if len(reads) > 1 and wants_digest else None
     for read in reads:
         options.cancellation.raise_if_cancelled()
+        options.budget.take(read.nbytes, cancellation=options.cancellation)
         views = [lease.bytes(piece.arena_offset, piece.nbytes) for piece in read.pieces]
         file = files[read.file]
         with turn:
@@ -80,6 +81,7 @@ def read_into(tensor: torch.Tensor, location: TensorLocation, *, turn: ReadingTu
     for start in range(0, location.nbytes, CHUNK_NBYTES):
         options.cancellation.raise_if_cancelled()
         part = data[start : start + CHUNK_NBYTES]
+        options.budget.take(part.nbytes, cancellation=options.cancellation)
         with turn:
             read_scattered(file.fd, [part], location.offset + start, path=file.path, size=file.size)
 

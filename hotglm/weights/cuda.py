@@ -31,7 +31,7 @@ from hotglm.problem import describe_exception
 from hotglm.weights.device import Event
 from hotglm.weights.pinning import PinnedMemory
 
-__all__ = ["CudaDevice", "CudaEvent", "note_stream"]
+__all__ = ["CudaDevice", "CudaEvent", "find_cuda_device", "find_known_devices", "note_stream"]
 
 _PRIORITIES = (0, -1, -2, -3)
 """Those for which torch has a pool of its own; others mean the nearest of them."""
@@ -188,6 +188,11 @@ def find_cuda_device(index: int) -> CudaDevice:
         if index not in _devices:
             _devices[index] = CudaDevice(index)
         return _devices[index]
+
+
+def find_known_devices() -> tuple[CudaDevice, ...]:
+    """Return the CUDA devices that slots hold tensors on."""
+    return tuple(_devices.values())
 
 
 _lock = threading.Lock()

@@ -43,6 +43,16 @@ class DeviceLease:
         self._lent = lent
         self.device = device
 
+    @property
+    def memory(self) -> object:
+        """What holds the lease while somebody refers to it."""
+        return self._lent
+
+    @property
+    def watch(self) -> Callable[[], object | None]:
+        """A function that returns None once nobody holds this lease any more."""
+        return watch_storage(self._lent)
+
     def range(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return `nbytes` from `offset` as a flat uint8 tensor, to be copied to; it holds the lease."""
         return self._lent[offset : offset + nbytes]

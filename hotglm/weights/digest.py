@@ -36,8 +36,8 @@ def tensor_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def digest_tensor(tensor: torch.Tensor) -> str:
-    """Return the digest of a CPU tensor's bytes; the GIL is released while it runs."""
-    data = tensor_bytes(tensor)
+    """Return the digest of a tensor's bytes, fetched from a device in one piece; the GIL is released while it runs."""
+    data = tensor_bytes(tensor).cpu()
     if data.numel() == 0:
         return format_digest(hashlib.sha256().hexdigest())
     return format_digest(hashlib.sha256(view_buffer(data)).hexdigest())

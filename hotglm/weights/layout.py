@@ -6,15 +6,18 @@ Rules this module keeps:
   stays a view of it (`w.t()` kept in an attribute is right after a swap without anybody's help).
 - Tensors that do not overlap do not share a cache line.
 - The order is the order given, so the same module gives the same layout every time.
+- Where tensors are on several devices, each device has a region of the layout, and its own block of memory behind it.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["Extent", "Layout", "Span", "plan_layout"]
+from hotglm.weights.device import Device
+
+__all__ = ["Extent", "Layout", "Region", "Span", "join_layouts", "plan_layout"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,15 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """A range of a layout that is on one device; None stands for the processor."""
+
+    device: Device | None
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Arena offsets by name, and the spans they came from.
 
@@ -43,11 +55,13 @@ class Layout:
         offsets: byte offset in the arena of the first element of each named tensor.
         spans: by ascending source address.
         nbytes: size of the arena that holds it all.
+        regions: one for each device, back to back from 0; empty where all is the processor's.
     """
 
     offsets: Mapping[str, int]
     spans: tuple[Span, ...]
     nbytes: int
+    regions: tuple[Region, ...] = ()
 
     def find_offset(self, address: int, nbytes: int) -> int | None:
         """Return where the bytes at a source address went, or None if they are not inside one span."""
@@ -92,6 +106,27 @@ def plan_layout(extents: Iterable[Extent], *, alignment: int) -> Layout:
         offsets[extent.name] = span.offset + extent.address - span.address
     ordered = sorted(spans.values(), key=lambda span: span.address)
     return Layout(offsets=offsets, spans=tuple(ordered), nbytes=end)
+
+
+def join_layouts(parts: Iterable[tuple[Device | None, Layout]], *, alignment: int) -> Layout:
+    """Return one layout over several devices, a region for each; every region has room for at least `alignment` bytes.
+
+    Args:
+        parts: the layout of each device's tensors; no two have a name or an address in common.
+        alignment: what they were planned with.
+    """
+    offsets: dict[str, int] = {}
+    spans: list[Span] = []
+    regions: list[Region] = []
+    end = 0
+    for device, part in parts:
+        nbytes = max(part.nbytes, alignment)  # so that an empty tensor, too, has an offset on its own device
+        regions.append(Region(device=device, start=end, nbytes=nbytes))
+        offsets |= {name: end + offset for name, offset in part.offsets.items()}
+        spans += [replace(span, offset=end + span.offset) for span in part.spans]
+        end += nbytes
+    spans.sort(key=lambda span: span.address)
+    return Layout(offsets=offsets, spans=tuple(spans), nbytes=end, regions=tuple(regions))
 
 
 def _find_clusters(extents: list[Extent]) -> list[list[Extent]]:

@@ -10,15 +10,20 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 
-from hotglm.weights.cuda import find_cuda_device
+from hotglm.weights.cuda import find_cuda_device, find_known_devices
 from hotglm.weights.device import Device
 from hotglm.weights.ring import Ring
 
-__all__ = ["Places", "active"]
+__all__ = ["Places", "Streams", "active"]
+
+Streams = tuple[torch.cuda.Stream, ...]
+"""The streams that are current in a thread, of the devices that slots hold tensors on; new threads inherit none."""
 
 
 class Places:
@@ -48,6 +53,27 @@ class Places:
             if device.name not in self._rings:
                 self._rings[device.name] = Ring(device)
             return self._rings[device.name]
+
+    def read_streams(self) -> Streams:
+        """Return the streams of the calling thread, that of its current device last."""
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return ()
+        known = sorted(find_known_devices(), key=lambda device: device.index == torch.cuda.current_device())
+        return tuple(torch.cuda.current_stream(device.index) for device in known)
+
+    @contextlib.contextmanager
+    def working(self, streams: Streams) -> Iterator[None]:
+        """Work for whoever `streams` are of: what is run for them is submitted where they submit, and captures nothing.
+
+        A warm-up on the service's own stream warms up what belongs to that stream: the blocks that the allocator keeps
+        for it, and the workspaces of cuBLAS.
+        """
+        with contextlib.ExitStack() as stack:
+            for stream in streams:
+                stack.enter_context(torch.cuda.stream(stream))
+            for device in find_known_devices()[:1]:  # the driver's mode is the thread's, for all devices
+                stack.enter_context(device.staging())
+            yield
 
 
 active = Places()

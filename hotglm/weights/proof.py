@@ -23,6 +23,7 @@ from hotglm.errors import (
     TensorValueError,
     shorten_repr,
 )
+from hotglm.weights.budget import UNLIMITED, Budget, Unlimited
 from hotglm.weights.digest import digest_tensor, tensor_bytes
 from hotglm.weights.finite import find_nonfinite
 from hotglm.weights.seals import Seal
@@ -80,6 +81,7 @@ class LoadOptions:
         num_threads: threads that read and hash, 1 or more.
         nice: how much the extra threads lower their priority.
         cancellation: stops the load at its next chunk.
+        budget: how fast bytes may be moved.
         report: called with a number of bytes whenever that many more are done; from any worker thread.
     """
 
@@ -89,6 +91,7 @@ class LoadOptions:
     num_threads: int = 1
     nice: int = 0
     cancellation: Cancellation = field(default_factory=Cancellation)
+    budget: Budget | Unlimited = UNLIMITED
     report: Callable[[int], object] = _ignore
 
 

@@ -53,11 +53,15 @@ class Window:
         """Return `nbytes` of it from byte `start`, to be written by the host."""
         return self._ring.pinned.bytes(self._start + start, nbytes)
 
+    def tensor(self, start: int, nbytes: int) -> torch.Tensor:
+        """Return the same as a flat uint8 tensor."""
+        first = self._start + start
+        return self._ring.pinned.tensor[first : first + nbytes]
+
     def copy(self, start: int, target: torch.Tensor) -> None:
         """Submit a copy of the bytes from `start` to `target`, flat uint8 on the device."""
         self.is_dirty = True  # first: what raises may have submitted something
-        first = self._start + start
-        self._ring.device.copy(self._ring.pinned.tensor[first : first + target.numel()], target)
+        self._ring.device.copy(self.tensor(start, target.numel()), target)
 
 
 class Ring:
@@ -77,6 +81,11 @@ class Ring:
         self.num_windows = num_windows
         for index in range(num_windows):
             self._idle.put(Window(self, index * window_nbytes, window_nbytes))
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Most bytes of one read into a window, with the padding that may lie between its pieces."""
+        return max(1, self.window_nbytes - IOV_MAX * GAP_NBYTES)
 
     @property
     def num_idle(self) -> int:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from hotglm.errors import MemoryPlanError
 from hotglm.weights.device import Device, Event
@@ -112,6 +113,14 @@ class FakePinned:
         self.is_released = True
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Memory that was allocated, and what tells whether somebody still holds it."""
+
+    watch: Callable[[], object | None]
+    memory: torch.Tensor
+
+
 @dataclass(slots=True)
 class FakeDevice:
     """One fake device.
@@ -131,7 +140,7 @@ class FakeDevice:
     fails: Callable[[str], object] = lambda call: None
     is_coarse: bool = False
     streams: dict[str, deque[Work]] = field(default_factory=lambda: {"side": deque(), "default": deque()})
-    blocks: list[tuple[Callable[[], object | None], int, int]] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     pinned: list[FakePinned] = field(default_factory=list)
     num_staging: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -142,8 +151,9 @@ class FakeDevice:
         self.fails("allocate")
         if nbytes > self.read_free_nbytes():
             raise MemoryPlanError(f"Expected {nbytes} bytes on {self.name}, got none.", remedy="free some.")
-        block = torch.full((nbytes,), POISON, dtype=torch.uint8)
-        self.blocks.append((watch_storage(block), block.data_ptr(), nbytes))
+        memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
+        block = from_dlpack(to_dlpack(memory))
+        self.blocks.append(Block(watch_storage(block), memory))
         return block
 
     def read_free_nbytes(self) -> int:
@@ -197,6 +207,19 @@ class FakeDevice:
         """Queue a kernel."""
         self.put(stream, Work(run=run))
 
+    def reading(self, weight: torch.Tensor, found: torch.Tensor, *, times: int = 1) -> Callable[[], object]:
+        """Return a kernel that reads `weight` by its address, and writes it, `times` times, to `found` by its own."""
+        source, count, target = weight.data_ptr(), weight.numel(), found.data_ptr()
+        keep = None if self.owns(target) else found  # memory of the host lives as long as somebody holds it
+
+        def run() -> None:
+            values = (ctypes.c_float * count).from_address(source)
+            numbers = [times * value for value in values] if self.owns(source) else [float("nan")] * count
+            ctypes.memmove(target, (ctypes.c_float * count)(*numbers), 4 * count)
+
+        run.keep = keep  # type: ignore[attr-defined]
+        return run
+
     def record_on(self, stream: str) -> FakeEvent:
         """Record an event on a stream."""
         event = FakeEvent(self)
@@ -207,14 +230,19 @@ class FakeDevice:
 
     @property
     def used_nbytes(self) -> int:
-        return sum(nbytes for block, _, nbytes in self.blocks if block() is not None)
+        return sum(block.memory.numel() for block in self.blocks if block.watch() is not None)
 
     def owns(self, address: int) -> bool:
-        """Tell whether an address lies in a block that still exists."""
-        return any(start <= address < start + size for block, start, size in self.blocks if block() is not None)
+        """Tell whether an address lies in a block that still exists.
+
+        One that was let go of exists until no work is queued any more, as torch keeps what `record_stream` noted.
+        """
+        return any(0 <= address - block.memory.data_ptr() < block.memory.numel() for block in self.blocks)
 
     def put(self, stream: str, work: Work) -> None:
         with self.lock:
+            if not any(self.streams.values()):
+                self.blocks = [block for block in self.blocks if block.watch() is not None]
             self.streams.setdefault(stream, deque()).append(work)
             self._reach_events()
         self.go_on()

@@ -15,6 +15,7 @@ from hotglm.slot.in_place import InPlaceAdmission
 from hotglm.slot.memory import ArenaPool
 from hotglm.slot.spare import Spares
 from hotglm.weights.arena import Arena, Lease
+from hotglm.weights.layout import Region
 from hotglm.weights.workers import Cancellation
 from support.torn import Oracle, SlotEngine, weights
 
@@ -122,12 +123,12 @@ class _ForgetfulPool(ArenaPool):
         super().__init__()
         self._admission = admission
 
-    def find_free(self, nbytes: int) -> Arena | None:
+    def find_free(self, nbytes: int, regions: tuple[Region, ...] = ()) -> Arena | None:
         live = self._admission.live
         named = [generation.arena for generation in (live.generation, *live.held)]
         return next((a for a in self._arenas if a.nbytes >= nbytes and all(a is not other for other in named)), None)
 
-    def allocate(self, nbytes: int) -> Arena:
+    def allocate(self, nbytes: int, regions: tuple[Region, ...] = ()) -> Arena:
         arena = super().allocate(nbytes)
         arena.__class__ = _ForgetfulArena
         return arena
