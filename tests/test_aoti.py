@@ -88,6 +88,8 @@ def slot(packages: Packages) -> hotglm.ModuleSlot:
 
 def test_swaps_reach_every_weight(slot: hotglm.ModuleSlot, packages: Packages) -> None:
     """20 swaps of a package: each answers what the eager model answers and what a cold load does; rollback, too."""
+    events: list[hotglm.Event] = []
+    slot.subscribe(events.append)
     assert torch.allclose(slot(X, shift=SHIFT)["y"], answer(0), atol=1e-5)
     for seed in range(1, 21):
         receipt = slot.update(state_of(seed), version=f"1.0.{seed}")
@@ -97,6 +99,9 @@ def test_swaps_reach_every_weight(slot: hotglm.ModuleSlot, packages: Packages) -
     assert same_bits(slot(X, shift=SHIFT)["y"], load_package(packages.kept, weights=state_of(20))(X, shift=SHIFT)["y"])
     slot.rollback()
     assert torch.allclose(slot(X, shift=SHIFT)["y"], answer(19), atol=1e-5)
+    assert not [event for event in events if "Held" in type(event).__name__]  # torch keeps no generation (P9)
+    code: Any = slot.live.module._code
+    assert len(code._runners) <= 4
 
 
 def test_a_session_keeps_its_version(slot: hotglm.ModuleSlot) -> None:

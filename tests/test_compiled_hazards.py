@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -211,3 +211,39 @@ def test_quantised_modules_swap_by_modules_only() -> None:
 def _quantise() -> Any:
     quantise: Any = torch.ao.quantization.quantize_dynamic
     return quantise(nn.Sequential(nn.Linear(WIDTH, WIDTH)), {nn.Linear})
+
+
+class Halved(torch.Tensor):
+    """A wrapper subclass like those of quantisation libraries: it has no memory of its own, only an inner tensor."""
+
+    qdata: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Self:
+        """Wrap `inner`."""
+        made: Any = torch.Tensor._make_wrapper_subclass
+        found: Self = made(cls, inner.shape, dtype=torch.float32)
+        found.qdata = inner.half()
+        return found
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Name the inner tensors."""
+        return ["qdata"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Compute on what is inside."""
+        plain = torch.utils._pytree.tree_map_only(Halved, lambda one: one.qdata.float(), (args, kwargs or {}))
+        result = func(*plain[0], **plain[1])
+        return Halved(result) if func is torch.ops.aten.detach.default else result
+
+
+def test_wrapper_subclasses_are_refused_by_name() -> None:
+    """Parameters that only wrap other tensors have no memory of their own to fill, and are named."""
+    layer = nn.Linear(WIDTH, WIDTH, bias=False)
+    layer.weight = nn.Parameter(Halved(torch.ones(WIDTH, WIDTH)), requires_grad=False)
+    expected = layer(X)
+    layer.weight.data.copy_(torch.zeros(WIDTH, WIDTH))
+    assert same_bits(layer(X), expected)  # the hazard: the write went into a temporary
+    with pytest.raises(hotglm.UncopyableError, match="the subclass Halved"):
+        hotglm.ModuleSlot(layer, name="model", version="1.0.0")

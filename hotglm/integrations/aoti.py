@@ -16,6 +16,11 @@ package's constants, and an update leaves them what they were, without a word: h
 That a name is missing is only seen by whoever knows the names, which is why `load_package` asks for the weights of the
 model that was exported.
 
+[Note: handles]
+A container never gives back the tensors that it was told to use (seen in torch 2.13: they stay after it is gone). So it
+is told of tensors that own nothing, and whoever computes keeps the real ones (`_Container`); and a container is made
+once for each set of addresses, not for each swap.
+
 [Note: torch's names]
 `torch._C._aoti.AOTIModelContainerRunnerCpu` is what `torch._inductor.aoti_load_package` stands on. That one neither
 swaps its buffers nor tells shapes. Both names are private; versions of torch without them, or without `user_managed`
@@ -24,6 +29,7 @@ swaps its buffers nor tells shapes. Both names are private; versions of torch wi
 
 from __future__ import annotations
 
+import ctypes
 import fnmatch
 import os
 import shutil
@@ -45,6 +51,9 @@ from hotglm.problem import describe_exception
 __all__ = ["PackageModule", "load_package"]
 
 _RUNNER = "AOTIModelContainerRunnerCpu"
+_MAX_RUNNERS = 8
+"""Containers kept for addresses that may come again: those of a slot's arenas, and some to spare."""
+
 _FROZEN = "_frozen_param"
 _REBUILD = (
     "build the package with torch._inductor.aoti_compile_and_package(..., "
@@ -94,6 +103,7 @@ class _PackageCode:
 
     def __init__(self, path: str, *, num_runners: int) -> None:
         self._num_runners = num_runners
+        self._runners: dict[tuple[int, ...], Any] = {}
         self._directory = tempfile.mkdtemp(prefix="hotglm-aoti-")
         weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         try:
@@ -130,13 +140,37 @@ class _PackageCode:
         return kind(self._library, self._num_runners)
 
     def bind(self, weights: Mapping[str, torch.Tensor]) -> Any:
-        """Return a container that computes with `weights`, which must outlive it, and holds no copy of them."""
+        """Return a container that computes with what lies where `weights` lie, for as long as the caller keeps them.
+
+        Arenas take turns, so the same addresses come again, and so do their containers (`[Note: handles]`).
+        """
+        key = tuple(tensor.data_ptr() for tensor in weights.values())
+        runner = self._runners.pop(key, None)
+        if runner is None:
+            runner = self._start_over(weights)
+        self._runners[key] = runner  # the latest last
+        for old in list(self._runners)[:-_MAX_RUNNERS]:
+            self._runners.pop(old, None)
+        return runner
+
+    def _start_over(self, weights: Mapping[str, torch.Tensor]) -> Any:
         runner = self.start()
-        values = {name: weights.get(full, self.constants.get(full)) for name, full in self.names.items()}
+        aliases = {name: _alias(tensor) for name, tensor in weights.items()}
+        values = {name: aliases.get(full, self.constants.get(full)) for name, full in self.names.items()}
         runner.update_constant_buffer(values, use_inactive=True, validate_full_updates=True, user_managed=True)
         runner.swap_constant_buffer()
         runner.free_inactive_constant_buffer()
         return runner
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor over the same memory, which does not keep it."""
+    if tensor.numel() == 0:
+        return tensor
+    extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = (ctypes.c_char * (extent * tensor.element_size())).from_address(tensor.data_ptr())
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=extent)
+    return flat.as_strided(tuple(tensor.shape), tensor.stride())
 
 
 def _unpack(path: str, directory: str) -> str:
