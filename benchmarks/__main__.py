@@ -14,7 +14,19 @@ from benchmarks.report import describe_load, describe_machine, name_report, to_j
 
 __all__ = ["GROUPS", "main"]
 
-GROUPS = ("call", "commit", "loading", "tail", "rollback", "memory", "restart", "migration", "compiled", "deltas")
+GROUPS = (
+    "call",
+    "commit",
+    "loading",
+    "tail",
+    "rollback",
+    "memory",
+    "restart",
+    "migration",
+    "compiled",
+    "deltas",
+    "watching",
+)
 """The modules that measure, in the order of the table; each has a `measure(bench)`."""
 
 _RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")

@@ -28,6 +28,7 @@ TARGETS = {
     "restart": {">= 100x", "0"},
     "migration": {"<= 1.1x", "<= 1.5x"},
     "compiled": {"<= 1.05x", "0"},
+    "watching": {"<= 1 interval"},
     "deltas": {
         *(">= 5x", ">= 8x fewer", "<= 1.05x", "<= 4%", "<= 30%", ">= 0.5x"),
         *(">= 10x faster", "comparable: <= 1.25x"),

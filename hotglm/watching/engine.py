@@ -382,7 +382,9 @@ class Engine:
         return plan_pause_s(attempt, first_s=first_s, limit_s=limit_s, seed=f"{self.seed}/{key}")
 
     def _plan_wait(self) -> float:
-        now_s, interval_s = self.clock.now_s(), self.policy.interval_s
+        now_s, interval_s, last_s = self.clock.now_s(), self.policy.interval_s, self.journal.last_scan_s
+        # From look to look, not from the end of one to the next: what is new is found within one interval.
+        look_s = interval_s if last_s is None else max(interval_s / 10, last_s + interval_s - now_s)
         retry_s = self.retry.at_s - now_s if self.retry is not None else 0.0
         # What is overdue could not be done just now: it is done with the next look.
-        return min([interval_s, *(wait_s for wait_s in (retry_s, self.trials.left_s(now_s)) if wait_s > 0)])
+        return min([look_s, *(wait_s for wait_s in (retry_s, self.trials.left_s(now_s)) if wait_s > 0)])

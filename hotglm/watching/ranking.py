@@ -1,7 +1,7 @@
 """Versions in descending order, as far down as somebody asks.
 
 Rules this module keeps: pure. The highest of 12 000 is found without sorting them, in stretches of Python that give the
-GIL up, and is not searched again while nothing was added or removed.
+GIL up, and is not searched again while nothing was added or removed. Who asks for more than a few gets them sorted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from hotglm.version import Version
 from hotglm.weights.workers import yield_gil_when_due
 
 __all__ = ["Ranking"]
+
+_MAX_SEARCHES = 8
+"""How many are searched for one by one; sorting 12 000 versions takes as long as some ten searches."""
 
 
 class Ranking:
@@ -47,8 +50,13 @@ class Ranking:
         """Yield all, the highest first. Nothing may be added or removed meanwhile."""
         for at in range(len(self._all)):
             if at == len(self._ordered):
-                self._ordered.append(self._find_next())
+                self._ordered += [self._find_next()] if at < _MAX_SEARCHES else self._sort_rest()
             yield self._ordered[at], self._all[self._ordered[at]]
+
+    def _sort_rest(self) -> list[str]:
+        passed = set(self._ordered)
+        rest = [(version, sequence, name) for name, (sequence, version) in self._all.items() if name not in passed]
+        return [name for _, _, name in sorted(rest, reverse=True)]
 
     def _find_next(self) -> str:
         passed = set(self._ordered)
