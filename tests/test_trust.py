@@ -384,6 +384,17 @@ def test_the_confirmed_one_must_still_be_signed(host: Host, tmp_path: Path) -> N
     assert host.offer(path).is_confirmed
 
 
+def test_the_confirmed_one_is_a_floor_again_when_all_was_forgotten(host: Host, tmp_path: Path) -> None:
+    """After a rotation that forgot everything, the confirmed release seeds the floor when it is staged again."""
+    old, new = make_key("release"), make_key("new")
+    path = make_release(tmp_path / "a", old, version="1.1.0")
+    host.open().confirm(host.offer(path))
+    host.put_roots(make_roots(new, roles={"release": make_role(new)}, version=2), make_key("root"))
+    sign_release(path, new)
+    assert host.offer(path).is_confirmed
+    assert refuse(host, make_release(tmp_path / "b", new), ReplayedError) == "VERSION_ROLLBACK"
+
+
 # -- time --------------------------------------------------------------------------------------------------------------
 
 

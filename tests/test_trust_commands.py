@@ -122,6 +122,20 @@ def test_a_release_of_a_store_is_signed_and_verified(
     assert run(*words, "--sign", "other.pem", "--label", "stable") == 0
     assert verify(host, Path("1.0.0"), "--store", "store") == 3
     assert run("sign", "stable", "--store", "store", "--key", "other.pem", "--json") == 0
+    trusting = ("--roots", host.roots_path, "--state", host.state_path)
+    assert run("label", "store", "canary", "1.0.0", *trusting) == 2
+    assert run("label", "store", "canary", "1.0.0", *trusting[:2]) == 2
+    assert run("label", "store", "canary") == 1
+    assert run("label", "store", "canary", "1.0.0") == 0
+
+
+def test_a_delta_is_signed_by_its_command(host: Host, tmp_path: Path) -> None:
+    """`hotglm delta --sign KEY` makes a signed delta."""
+    assert run("keygen", tmp_path / "k.pem") == 0
+    base, new = pack_tiny(tmp_path / "a"), pack_tiny(tmp_path / "b", version="1.1.0")
+    assert run("delta", base, new, tmp_path / "delta", "--sign", tmp_path / "k.pem") == 0
+    assert (tmp_path / "delta" / "hotglm-manifest.dsse.json").exists()
+    assert verify(host, tmp_path / "delta") == 3  # by a key that this host does not know
 
 
 def test_memory_is_shown(host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,11 @@ from hotglm.commands.console import print_json, show_count, show_size
 from hotglm.commands.progress import ProgressBar
 from hotglm.commands.release_text import describe_release
 from hotglm.commands.target import parse_target
+from hotglm.commands.trust_options import add_key_options, read_key
 from hotglm.errors import ArgumentError, shorten_repr
 from hotglm.progress import Progress
 from hotglm.release.directory import Release, open_release
+from hotglm.release.packing import ReleaseDetails
 from hotglm.release.store_opening import open_store
 
 __all__ = ["DELTA", "describe_delta"]
@@ -38,11 +40,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", metavar="LABEL", help="with --store: let a label lead to the release then")
     parser.add_argument("--max-chain", metavar="N", type=int, help="with --store: in full after so many deltas (16)")
     parser.add_argument("--max-ratio", metavar="R", type=float, help="with --store: in full above this part (0.5)")
+    add_key_options(parser, flag="--sign", is_required=False)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     _verify_arguments(arguments)
+    key = None if arguments.key is None else read_key(arguments)
     with ProgressBar(sys.stderr) as bar:
 
         def show(progress: Progress) -> None:
@@ -50,9 +54,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
         if arguments.store is None:
             maker: Any = importlib.import_module(_MAKER)
-            release: Release = maker.make_delta(arguments.old, arguments.new, arguments.target, progress=show)
+            release: Release = maker.make_delta(
+                arguments.old, arguments.new, arguments.target, signing_key=key, progress=show
+            )
         else:
-            release = _publish(arguments, show)
+            release = _publish(arguments, show, details=ReleaseDetails(signing_key=key))
     with release:
         if arguments.json:
             print_json(
@@ -81,7 +87,7 @@ def _verify_arguments(arguments: argparse.Namespace) -> None:
         )
 
 
-def _publish(arguments: argparse.Namespace, show: Any) -> Release:
+def _publish(arguments: argparse.Namespace, show: Any, *, details: ReleaseDetails) -> Release:
     publisher: Any = importlib.import_module(_PUBLISHER)
     limits = {
         name: getattr(arguments, name) for name in ("max_chain", "max_ratio") if getattr(arguments, name) is not None
@@ -93,6 +99,7 @@ def _publish(arguments: argparse.Namespace, show: Any) -> Release:
         arguments.old,
         name=arguments.name,
         version=arguments.version,
+        details=details,
         policy=publisher.DeltaPolicy(base=base, **limits),
         progress=show,
     )

@@ -10,6 +10,7 @@ from hotglm.commands.command import NO, OK, Command
 from hotglm.commands.console import print_json, show_count
 from hotglm.commands.progress import ProgressBar
 from hotglm.commands.target import parse_target
+from hotglm.commands.trust_options import add_trust_options, open_trust_from
 from hotglm.errors import ArgumentError
 from hotglm.record import write_record
 from hotglm.release.ledger import Label
@@ -25,6 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", nargs="?", help="a version, number or other label to lead it to")
     parser.add_argument("--expect", metavar="VERSION", help="only if it leads there now; 'none': only if it is new")
     parser.add_argument("--remove", action="store_true", help="remove it, and what it remembers")
+    add_trust_options(parser, is_required=False)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
@@ -53,15 +55,19 @@ def _verify_arguments(arguments: argparse.Namespace) -> None:
         raise ArgumentError("Expected --expect only with a change, got none.", remedy="give TARGET or --remove.")
     if arguments.remove and arguments.expect == "none":
         raise ArgumentError("Expected a version to expect, got 'none'.", remedy="leave --expect or --remove out.")
+    if (arguments.roots is None) != (arguments.state is None):
+        raise ArgumentError("Expected --roots and --state together, got one of them.", remedy="give both or none.")
 
 
 def _move(store: Store, arguments: argparse.Namespace) -> None:
     expected: str | EllipsisType | None = ... if arguments.expect is None else arguments.expect
+    trust = None if arguments.roots is None else open_trust_from(arguments)
     with ProgressBar(sys.stderr) as bar:
         store.move_label(
             arguments.label,
             parse_target(arguments.target),
             expected=None if expected == "none" else expected,
+            trust=trust,
             progress=lambda progress: bar.show(progress.done_nbytes, progress.total_nbytes),
         )
 

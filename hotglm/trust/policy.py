@@ -154,8 +154,8 @@ class Trust:
             roots = parse_pinned_roots(state)
             judge_signers(roots, accepted.key_ids, model=accepted.model, slot=accepted.slot, file=self.state_path)
             record = state.find_record(slot=accepted.slot, model=accepted.model)
-            if _is_confirmed(record, accepted.digest):
-                return state
+            if _is_confirmed(record, accepted.digest) and record.accepted:
+                return state  # older than the floor, most likely, and no reason to lower it
             if judge_replay(record, accepted.entry, max_jump=self.max_jump, file=self.state_path):
                 return state
             return self._stamp(state.with_record(record.with_accepted(accepted.entry)))
