@@ -31,6 +31,7 @@ from hotglm.errors import (
     WrongBaseError,
 )
 from hotglm.testing.seams import hooked
+from hotglm.testing.waiting import wait_until
 from hotglm.weights import loader, zstd
 from hotglm.weights.delta_codec import SPARSE, XOR
 from hotglm.weights.digest import tensor_bytes
@@ -560,10 +561,11 @@ def test_a_stage_that_is_superseded_stops_while_it_decodes(tmp_path: Path) -> No
         assert reached.wait(10)
         newer = threading.Thread(target=pair.slot.update, args=(pair.full,))
         newer.start()
+        assert wait_until(lambda: not pair.slot._core.stager._supersedable)  # the newer one has cancelled the older
         go.set()
         thread.join(10)
         newer.join(10)
-    assert outcomes in ([], ["SUPERSEDED"])
+    assert outcomes == ["SUPERSEDED"]
     assert same_bits(state_of(pair.slot), pair.new)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import hotglm
@@ -164,6 +165,18 @@ def test_digests_of_the_caller_are_held_against_the_source(tmp_path: Path) -> No
     with pytest.raises(DigestMismatchError):
         slot.update(write_full(tmp_path, 3, state(2, 2, 2)), digests=live)
     assert same_state(slot.live.module, cold(state(1, 1, 1)))
+
+
+def test_digests_of_the_caller_do_not_bring_back_what_the_spare_has(tmp_path: Path) -> None:
+    """A file without digests of its own is read, whatever the caller's digests say and the spare still has."""
+    slot = make_slot(memory=hotglm.MemoryPolicy(small_nbytes=0))
+    for number, tensors in enumerate([state(1, 1, 1), state(2, 1, 1), state(3, 1, 1)], start=1):
+        slot.update(write_full(tmp_path, number, tensors))
+    spare = dict(slot._core.admission.live.held[0].digests)  # and nothing that would keep its arena
+    save_file(state(9, 9, 9), tmp_path / "plain.safetensors")
+    with pytest.raises(DigestMismatchError):
+        slot.update(tmp_path / "plain.safetensors", version="1.0.4", digests=spare)
+    assert same_state(slot.live.module, cold(state(3, 1, 1)))
 
 
 def test_progress_counts_what_is_copied_too(tmp_path: Path) -> None:

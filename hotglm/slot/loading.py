@@ -116,7 +116,7 @@ class Loading:
         offer, lease = self._offer, taken.lease
         given = self._supply or offer.tensors or {}
         if not isinstance(lease, SplitLease):
-            left = taken.arena.left if self._policy.reuse else {}
+            left = self._find_left(targets, taken) if self._policy.reuse else {}
             return self._load_here(given, targets, lease=lease, options=options, left=left)
         return load_split(
             given,
@@ -145,6 +145,12 @@ class Loading:
         if isinstance(given, Supply):
             return load_supply(given, targets, lease=lease, options=options, left=left)
         return load_tensors(given, targets, options=options)
+
+    def _find_left(self, targets: Mapping[str, Target], taken: TakenSpare) -> dict[int, Seal]:
+        """Return what the spare may still have of what the source itself promises, by offset."""
+        left, promised = taken.arena.left, self._offer.digests
+        offsets = {targets[name].offset: digest for name, digest in promised.items() if name in targets}
+        return {at: left[at] for at, digest in offsets.items() if at in left and left[at].digest == digest}
 
     def _seal_live(self, names: Iterable[str]) -> None:
         run_tasks(
