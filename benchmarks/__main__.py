@@ -26,6 +26,7 @@ GROUPS = (
     "compiled",
     "deltas",
     "watching",
+    "device",
 )
 """The modules that measure, in the order of the table; each has a `measure(bench)`."""
 
