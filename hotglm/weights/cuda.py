@@ -36,8 +36,14 @@ __all__ = ["CudaDevice", "CudaEvent", "find_cuda_device", "find_known_devices", 
 _PRIORITIES = (0, -1, -2, -3)
 """Those for which torch has a pool of its own; others mean the nearest of them."""
 
+_POOL_SIZE = 32
+"""Streams of one of torch's pools. One that is larger is seen whole too: asking ends with a row of known ones."""
+
 _NUM_REPEATS = 64
-"""After so many streams in a row that were known already, a pool of 32 has been seen whole, others asking beside us."""
+"""How many known streams in a row end the asking, once as many as a pool has were seen."""
+
+_MAX_ASKS = 10_000
+"""How often is asked where fewer are seen: others who ask beside us take streams out of our turns, but not for ever."""
 
 _COPY_NBYTES = 4 << 20
 """Largest single copy: the service's own copies to the device wait for one of them, 80 us, and not for a window."""
@@ -110,7 +116,7 @@ class CudaDevice:
 
     def pin(self, nbytes: int) -> PinnedMemory:
         """Return exactly `nbytes` of pinned host memory."""
-        return PinnedMemory(nbytes, index=self.index)
+        return PinnedMemory(nbytes, index=self.index, within=self.staging)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Submit a copy from pinned memory, in pieces between which other streams' copies find room."""
@@ -204,10 +210,13 @@ def _list_streams(device: torch.device) -> dict[int, torch.cuda.Stream]:
     default = torch.cuda.default_stream(device)
     found = {default.cuda_stream: default}
     for priority in _PRIORITIES:
-        num_repeats = 0
-        while num_repeats < _NUM_REPEATS:
+        pool: set[int] = set()
+        num_asks = num_repeats = 0
+        while num_asks < _MAX_ASKS and (num_repeats < _NUM_REPEATS or len(pool) < _POOL_SIZE):
             stream = torch.cuda.Stream(device=device, priority=priority)  # type: ignore[no-untyped-call]
-            num_repeats = num_repeats + 1 if stream.cuda_stream in found else 0
+            num_repeats = num_repeats + 1 if stream.cuda_stream in pool else 0
+            num_asks += 1
+            pool.add(stream.cuda_stream)
             found.setdefault(stream.cuda_stream, stream)
     return found
 

@@ -13,8 +13,10 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -35,13 +37,25 @@ _PORTABLE = 1
 class PinnedMemory:
     """Pinned memory; see `Pinned` in weights/device.py."""
 
-    def __init__(self, nbytes: int, *, index: int) -> None:
-        """Map, fault in and register `nbytes`; `index` is the device whose driver context is used.
+    def __init__(
+        self,
+        nbytes: int,
+        *,
+        index: int,
+        within: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        """Map, fault in and register `nbytes`.
+
+        Args:
+            nbytes: how much; a multiple of a page.
+            index: the device whose driver context is used.
+            within: what a thread that asks the driver works in (`Device.staging`).
 
         Raises:
             MemoryPlanError: there is no such memory, pinned either way.
         """
         self._index = index
+        self._within = within
         self._lock = threading.Lock()
         self.tensor, self._is_registered = self._map(nbytes), True
         address = self.tensor.data_ptr()
@@ -87,7 +101,7 @@ class PinnedMemory:
         codes: list[int] = []
 
         def ask() -> None:
-            with torch.cuda.device(self._index):  # else the runtime makes a context on device 0
+            with self._within(), torch.cuda.device(self._index):  # else the runtime makes a context on device 0
                 codes.append(int(call()))  # type: ignore[call-overload]
 
         start_thread(ask, name="hotglm-pin").join()
