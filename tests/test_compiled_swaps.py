@@ -281,6 +281,21 @@ def test_a_compiled_call_does_not_outlive_its_module() -> None:
         alone(X)
 
 
+@pytest.mark.parametrize("kind", ["module", "regional", "nested", "dynamic"])
+def test_swaps_in_place_compile_nothing(kind: str) -> None:
+    """Where the tensors stay where they are, compiled code stays as well, and answers from the new weights."""
+    slot = make_slot(kind, swap=hotglm.InPlace())
+    policy = hotglm.StagePolicy(warm_up=(X,))
+    with torch.no_grad():
+        slot(X)
+        for number in (1, 2, 3):
+            before, state = count_frames(), draw(slot, number)
+            receipt = slot.update(state, version=f"1.0.{number}", policy=policy)
+            found = slot(X)
+            assert (count_frames() - before, receipt.recompiles) == (0, 0)
+            assert same_bits(found, make_cold(kind, state, backend="eager")(X))
+
+
 # -- compiled parts that do not call what they stand for ---------------------------------------------------------------
 
 
