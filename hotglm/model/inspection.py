@@ -72,13 +72,14 @@ def find_state(module: nn.Module) -> Iterator[StateEntry]:
                 yield StateEntry(name=prefix + name, tensor=buffer, kind="buffer", persistent=persistent, owner=owner)
 
 
-def contract_of(module: nn.Module, *, inputs: Iterable[Any] = ()) -> Contract:
+def contract_of(module: nn.Module, *, inputs: Iterable[Any] = (), is_fixed: bool = False) -> Contract:
     """Return what `module` promises: its state, the signature of its `forward`, and what its `versioned` mark declares.
 
     Args:
         module: any module; its tensors are only looked at.
         inputs: golden inputs, each one tensor, a tuple of positional arguments or a mapping of keyword arguments; a
             copy of the module runs once for each, and what comes back is recorded. Two batch sizes prove more than one.
+        is_fixed: whether the module stays and only its weights are swapped, so that it may be TorchScript.
 
     Returns:
         The contract. `state` has every name, with `tied` naming the first name of its group.
@@ -87,7 +88,7 @@ def contract_of(module: nn.Module, *, inputs: Iterable[Any] = ()) -> Contract:
         ModuleError: the module holds tensors that no slot can hold, all named.
         ArgumentError: the module does not take some of `inputs`, all named.
     """
-    verify_holdable(module)
+    verify_holdable(module, is_fixed=is_fixed)
     return replace(describe_module(module), outputs=record_outputs(module, inputs))
 
 
@@ -126,8 +127,8 @@ def _identity(tensor: torch.Tensor) -> object:
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-def verify_holdable(module: nn.Module) -> None:
-    """Refuse a module with tensors or parts that no slot can hold, naming every one.
+def verify_holdable(module: nn.Module, *, is_fixed: bool = False) -> None:
+    """Refuse a module with tensors or parts that no slot can hold, naming every one; see `contract_of`.
 
     Raises:
         NotMaterializedError: lazy or meta tensors.
@@ -152,14 +153,14 @@ def verify_holdable(module: nn.Module) -> None:
             problems=missing,
             remedy="run one forward pass of a lazy module, or `to_empty` and load a meta one, before handing it over.",
         )
-    problems = [*_find_unsupported_modules(module), *_find_unsupported_tensors(module)]
+    problems = [*_find_unsupported_modules(module, is_fixed=is_fixed), *_find_unsupported_tensors(module)]
     if problems:
         if any(problem.code == _CANNOT_SWAP for problem in problems):
             raise UnswappableError(
                 "Expected code that takes its weights from the module, got some that has its own.",
                 problems=problems,
                 remedy="give the slot the module that the named part was made from, and compile that in place: "
-                "module.compile(), or slot.compile().",
+                "module.compile(), or slot.compile(); what is TorchScript as a whole takes swap=hotglm.InPlace().",
             )
         raise UncopyableError(
             "Expected a module that can be copied structurally.",
@@ -168,7 +169,9 @@ def verify_holdable(module: nn.Module) -> None:
         )
 
 
-def _find_unsupported_modules(root: nn.Module) -> Iterator[Problem]:
+def _find_unsupported_modules(root: nn.Module, *, is_fixed: bool) -> Iterator[Problem]:
+    if is_fixed and isinstance(root, torch.jit.ScriptModule):
+        return  # model/scripted.py looks into it
     for slot in _find_slots(root):
         where = shorten_repr(slot)
         yield Problem(code="NESTED_SLOT", message=f"Expected no slot inside a slot's module, got one at {where}")

@@ -26,6 +26,7 @@ from hotglm.model.copier import ChangedWhileCopiedError, Copier, Twin
 from hotglm.model.derived import Marks
 from hotglm.model.extents import lay_out
 from hotglm.model.inspection import find_state
+from hotglm.model.scripted import copy_script, is_script
 from hotglm.weights.arena import Lease
 from hotglm.weights.layout import Layout
 from hotglm.weights.workers import yield_gil
@@ -51,7 +52,11 @@ def copy_module(
     Raises:
         StaleStateError: undeclared state that may depend on the weights.
         UncopyableError: an attribute, hook or function that cannot be carried over.
+        UnswappableError: TorchScript whose code holds tensors.
     """
+    if is_script(module):
+        twin, views = copy_script(module, layout=layout, lease=lease, constants=constants)
+        return Twin(module=twin, views=views, carried=(), loose=())
     for attempt in range(_NUM_ATTEMPTS):
         try:
             return Copier(module, layout=layout, lease=lease, constants=constants, marks=marks).copy()
@@ -72,6 +77,9 @@ def verify_copyable(
     module: nn.Module, *, layout: Layout, constants: Sequence[str] = (), marks: Marks | None = None
 ) -> None:
     """Raise what `copy_module` would raise, without needing memory: a dry run over empty views."""
+    if is_script(module):
+        copy_script(module, layout=layout, lease=None, constants=constants)
+        return
     Copier(module, layout=layout, lease=None, constants=constants, marks=marks).copy()
 
 
@@ -110,6 +118,8 @@ def find_loose_tensors(module: nn.Module) -> tuple[torch.Tensor, ...]:
 
     What cannot be walked is left out here; the first stage that copies the module says why.
     """
+    if is_script(module):
+        return ()
     copier = Copier(module, layout=lay_out(find_state(module)), lease=None, constants=("*",), marks=None)
     with contextlib.suppress(Exception):
         copier.copy()

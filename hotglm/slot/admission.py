@@ -164,6 +164,7 @@ def choose_call(module: nn.Module) -> Callable[..., Any]:
 class Admission:
     """The live publication of one slot and the writers' lock around changing it."""
 
+    is_in_place = False
     __hotglm_slot__ = True  # a copy of a module that refers to it goes on referring to it, whatever is live there
     __slots__ = ("_closed", "_writer", "_writer_thread", "live", "name")
 

@@ -105,6 +105,7 @@ def _verify_on_processor(module: nn.Module) -> None:
 class InPlaceAdmission(Admission):
     """The publication of a slot whose live module never changes, and the gate in front of it."""
 
+    is_in_place = True
     __slots__ = ("_addresses", "_changing", "_num_writes", "_policy", "_writing_bytes", "gate")
 
     def __init__(self, generation: Generation, *, name: str, policy: InPlace) -> None:

@@ -25,6 +25,7 @@ from hotglm.model.compilations import listen
 from hotglm.model.compiled import adopt_compiled, settle
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import find_definition
+from hotglm.model.scripted import is_script, verify_script
 from hotglm.model.swappable import verify_swappable
 from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, HistoryEntry
@@ -115,8 +116,11 @@ class ModuleSlot(ModuleFacade):
         )
         module = settle(module)
         listen()
-        contract = promise_outputs(contract_of(module), policy or StagePolicy(), live=None)
+        is_fixed = isinstance(swap, InPlace)
+        contract = promise_outputs(contract_of(module, is_fixed=is_fixed), policy or StagePolicy(), live=None)
         verify_swappable(module)
+        if is_script(module):
+            verify_script(module, constants=constants)
         definition = find_definition(type(module))
         label = name or (definition.name if definition else type(module).__name__)
         parsed = Version(version) if version is not None else definition.version if definition else Version("0.0.0")

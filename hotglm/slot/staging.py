@@ -349,7 +349,7 @@ class _Stage:
         Raises:
             RefreshError: naming what is new, gone or different.
         """
-        found = contract_of(module).state
+        found = contract_of(module, is_fixed=self._request.owner.is_in_place).state
         names = [name for name in {**found, **planned.state} if found.get(name) != planned.state.get(name)]
         if names:
             raise RefreshError(
