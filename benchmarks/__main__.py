@@ -20,6 +20,7 @@ GROUPS = (
     "loading",
     "tail",
     "rollback",
+    "in_place",
     "memory",
     "restart",
     "migration",

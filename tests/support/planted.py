@@ -9,7 +9,7 @@ import torch
 
 import hotglm
 from hotglm.slot.admission import Admission
-from hotglm.slot.gate import Closing, Gate, Mark, Ticket
+from hotglm.slot.gate import Closing, Gate
 from hotglm.slot.generation import Retired
 from hotglm.slot.in_place import InPlaceAdmission
 from hotglm.slot.memory import ArenaPool
@@ -204,23 +204,3 @@ class NoWait(SlotEngine):
     def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
         super().__init__(version, boundary=boundary, swap=hotglm.InPlace())
         plant_gate(self.slot).wait_empty = lambda closing, **options: True  # type: ignore[method-assign]
-
-
-class LookFirst(SlotEngine):
-    """Bug: a pass looks whether the gate is closing, and only then says that it is inside."""
-
-    def __init__(self, version: int, *, boundary: Callable[[int], object] | None = None) -> None:
-        super().__init__(version, boundary=boundary, swap=hotglm.InPlace())
-        plant_gate(self.slot).enter = self._enter  # type: ignore[method-assign]
-
-    def _enter(self) -> Ticket:
-        admission = self.slot._admission
-        assert isinstance(admission, InPlaceAdmission)
-        gate = admission.gate
-        while gate.closing is not None:
-            gate._wait_until_open()
-        ticket = Ticket()
-        mark = ticket.mark = Mark(ticket, gate._inside.discard)
-        mark.thread, mark.since_s, mark.what = threading.get_ident(), 0.0, "pass"
-        gate._inside.add(mark)
-        return ticket
