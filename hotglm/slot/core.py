@@ -360,8 +360,9 @@ class SlotCore:
 
 
 def _make_admission(first: Generation, settings: SlotSettings) -> Admission:
-    if isinstance(settings.swap, InPlace):
-        return InPlaceAdmission(first, name=settings.name, policy=settings.swap)
+    policy = settings.swap.policy
+    if isinstance(policy, InPlace):
+        return InPlaceAdmission(first, name=settings.name, policy=policy)
     return Admission(first, name=settings.name)
 
 

@@ -55,6 +55,7 @@ def read_status(core: SlotCore) -> Status:
         num_refused=core.num_refused,
         last_refusal=core.refusals[-1] if core.refusals else "",
         closed=core.admission.is_closed,
+        swap=str(core.settings.swap),
         recompiles=count_compiled(live.generation.module),
         watchers=tuple(describe() for describe in _watchers.get(core, ())),
     )

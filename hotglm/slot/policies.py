@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hotglm.errors import ArgumentError
 
-__all__ = ["Flip", "InPlace", "InPlaceRecord"]
+__all__ = ["Flip", "InPlace", "InPlaceRecord", "SwapChoice"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,18 @@ class InPlace:
                 f"Expected a time of 0 s or more and at least one thread, got {self}.",
                 remedy="leave num_threads out for as many as there are cores.",
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapChoice:
+    """The policy of a slot, and why it is that one."""
+
+    policy: Flip | InPlace
+    reason: str
+
+    def __str__(self) -> str:
+        """Return it as a phrase."""
+        return f"{'in place' if isinstance(self.policy, InPlace) else 'flip'}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ Rules this module keeps: data, and whether it can be meant.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from hotglm.migration.registry import Migrations
 from hotglm.progress import Progress
 from hotglm.slot.checks import StagePolicy
 from hotglm.slot.memory import MemoryPolicy
-from hotglm.slot.policies import Flip, InPlace
+from hotglm.slot.policies import Flip, InPlace, SwapChoice
 from hotglm.trust.policy import Trust
 from hotglm.version import Bump
 
@@ -33,9 +33,9 @@ class SlotSettings:
     memory: MemoryPolicy
     constants: tuple[str, ...]
     refresh: Callable[[nn.Module], object] | None
+    swap: SwapChoice
     migrations: Migrations | None = None
     trust: Trust | None = None
-    swap: Flip | InPlace = field(default_factory=Flip)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +70,11 @@ def verify_settings(
         *(["refresh"] if refresh is not None and not callable(refresh) else []),
         *(["migrations"] if migrations is not None and not isinstance(migrations, Migrations) else []),
         *(["trust"] if trust is not None and not isinstance(trust, Trust) else []),
-        *(["swap"] if swap is not None and not isinstance(swap, (Flip, InPlace)) else []),
+        *(["swap"] if swap is not None and not isinstance(swap, (Flip, InPlace)) and swap != "auto" else []),
     ]
     if wrong:
         raise ArgumentError(
             f"Expected settings of a slot that can be meant, got bad {', '.join(wrong)}.",
             remedy="name is text, policy a StagePolicy, memory a MemoryPolicy, refresh a function of a module, "
-            "migrations a Migrations, trust what open_trust returns, swap a Flip or an InPlace.",
+            'migrations a Migrations, trust what open_trust returns, swap a Flip, an InPlace or "auto".',
         )

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -30,6 +30,7 @@ from hotglm.model.swappable import verify_swappable
 from hotglm.progress import Progress
 from hotglm.slot.admission import Admission, Expected, HistoryEntry
 from hotglm.slot.checks import StagePolicy, promise_outputs
+from hotglm.slot.choosing import choose_swap
 from hotglm.slot.core import SlotCore
 from hotglm.slot.facade import ModuleFacade
 from hotglm.slot.forking import follow_forks
@@ -79,7 +80,7 @@ class ModuleSlot(ModuleFacade):
         refresh: Callable[[nn.Module], object] | None = None,
         migrations: Migrations | None = None,
         trust: Trust | None = None,
-        swap: Flip | InPlace | None = None,
+        swap: Flip | InPlace | Literal["auto"] | None = None,
     ) -> None:
         """Take `module` over and make it the first generation.
 
@@ -99,7 +100,8 @@ class ModuleSlot(ModuleFacade):
                 default those of the class, if it has any.
             trust: what must accept a path before it is staged (`hotglm.open_trust`); then only signed releases are.
                 What is handed over in memory, mappings and modules, is the host's own. The slot asks in its own name.
-            swap: `InPlace()` for a module whose tensors must stay where they are; by default `Flip()`.
+            swap: `InPlace()` for a module whose tensors must stay where they are; by default `Flip()`. `"auto"` takes
+                `InPlace()` for TorchScript, and where an optimizer or another module holds the tensors, and says why.
 
         Raises:
             ModuleError: the module holds something no slot can hold; everything is named.
@@ -116,7 +118,8 @@ class ModuleSlot(ModuleFacade):
         )
         module = settle(module)
         listen()
-        is_fixed = isinstance(swap, InPlace)
+        choice = choose_swap(swap, module)
+        is_fixed = isinstance(choice.policy, InPlace)
         contract = promise_outputs(contract_of(module, is_fixed=is_fixed), policy or StagePolicy(), live=None)
         verify_swappable(module)
         if is_script(module):
@@ -133,7 +136,7 @@ class ModuleSlot(ModuleFacade):
             refresh=refresh,
             migrations=migrations,
             trust=None if trust is None else trust.for_slot(label),
-            swap=swap or Flip(),
+            swap=choice,
         )
         code_version = definition.version if definition else parsed
         core = SlotCore(
@@ -367,7 +370,7 @@ class ModuleSlot(ModuleFacade):
             "refresh": settings.refresh,
             "migrations": settings.migrations,
             "trust": settings.trust,
-            "swap": settings.swap,
+            "swap": settings.swap.policy,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSlot:

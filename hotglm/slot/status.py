@@ -57,6 +57,7 @@ class Status:
         recompiles: how often passes of the live generation had torch compile something since it was staged; 0 where
             staging has warmed up all that passes need. Compiled modules only (docs/compiled.md).
         closed: whether the slot takes updates no longer.
+        swap: which swap policy it has, and why.
         watchers: what the watchers of this slot are doing.
     """
 
@@ -71,6 +72,7 @@ class Status:
     num_refused: int
     last_refusal: str
     closed: bool
+    swap: str = ""
     recompiles: int = 0
     watchers: tuple[Watching, ...] = ()
 
