@@ -52,8 +52,8 @@ def measure(bench: Bench) -> list[Row]:
             unit="MiB",
             ratio=2 * copy.median / ours.median,
             ratio_name="hotglm / peer",
-            target=">= 0.8x" if bench.nbytes >= 256 * MIB else "",
-            met=at_least(2 * copy.median / ours.median, 0.8) if bench.nbytes >= 256 * MIB else None,
+            target=">= 0.8x",
+            met=at_least(2 * copy.median / ours.median, 0.8),
             note="both directions are counted: new bytes in, old ones out, by way of a buffer in the cache",
         ),
         Row(
@@ -65,8 +65,8 @@ def measure(bench: Bench) -> list[Row]:
             unit="ms",
             ratio=max(tail["during"]) / max(tail["bound"]),
             ratio_name="hotglm / peer",
-            target="<= 1.5x" if not bench.quick else "",
-            met=at_most(max(tail["during"]) / max(tail["bound"]), 1.5) if not bench.quick else None,
+            target="<= 1.5x",
+            met=at_most(max(tail["during"]) / max(tail["bound"]), 1.5),
             note="a pass waits for the ones inside and for the exchange, and for nothing else",
         ),
     ]

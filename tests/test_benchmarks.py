@@ -25,6 +25,7 @@ TARGETS = {
     "loading": {">= 5x", ">= 10x", "<= 1.1x"},
     "tail": {"<= 1.15x", "<= 1.5x"},
     "rollback": {">= 100x"},
+    "in_place": {">= 0.8x", "<= 1.5x"},
     "memory": {"grows <= 1 %", "<= 2.02x"},
     "restart": {">= 100x", "0"},
     "migration": {"<= 1.1x", "<= 1.5x"},
