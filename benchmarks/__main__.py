@@ -26,6 +26,7 @@ GROUPS = (
     "migration",
     "compiled",
     "deltas",
+    "releases",
     "watching",
     "device",
 )

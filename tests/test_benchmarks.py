@@ -38,6 +38,7 @@ TARGETS = {
     "device": {">= 0.9x", ">= 5x", ">= 1000x", "< 50 us", "<= 1.1x", "<= 1.05x", "grows <= 1 %"}
     if torch.cuda.is_available()
     else set(),
+    "releases": {">= 0.8 x cores", ">= 20x"},
 }
 """What issues 2 to 5 ask for, by group; without a device that group has nothing to ask for."""
 

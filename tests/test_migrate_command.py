@@ -21,6 +21,7 @@ from hotglm.cli import main
 from hotglm.commands.progress import ProgressBar
 from hotglm.migration.expression import Source
 from hotglm.migration.plan import StatePlan
+from hotglm.progress import Progress
 from hotglm.release.files import open_weights
 from hotglm.weights.digest import digest_tensor
 from hotglm.weights.dtypes import TORCH_DTYPES
@@ -409,6 +410,18 @@ def test_the_bar_is_for_terminals_and_plain_ascii() -> None:
     assert text.isascii()
     assert "\n" not in text
     assert text.endswith(" \r")
+
+
+def test_the_bar_names_the_part_it_is_at() -> None:
+    """What a release or a stage tells is shown with the name of its part; a line fits a narrow terminal."""
+    terminal = _Terminal()
+    with ProgressBar(terminal) as bar:
+        for part in ("copy", "verify"):
+            bar.tell(Progress(part=part, done_nbytes=2**20, total_nbytes=2**20))
+    lines = terminal.getvalue().split("\r")
+    assert [line.split("[")[0].strip() for line in lines[1:3]] == ["copy", "verify"]
+    assert all(len(line) < 80 for line in lines)
+    assert "MiB/s" in lines[1]
 
 
 def test_help_and_dry_run_need_no_torch(tmp_path: Path) -> None:

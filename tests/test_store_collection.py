@@ -15,6 +15,7 @@ from hotglm.errors import ArgumentError
 from hotglm.release.store import Store
 from hotglm.release.store_opening import open_store
 from hotglm.release.workspace import make_workspace
+from hotglm.testing.seams import hooked
 from support.releases import fill, versions, write_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,3 +110,20 @@ def test_debris_is_ignored_and_cleaned(store: Store, sources: Path) -> None:
         assert store.collect_garbage().debris == (".hotglm-2.partial",)
         assert os.path.isdir(alive)
     assert os.listdir(store.join("tmp")) == []
+
+
+def test_manifests_are_read_before_the_lock_is_taken(store: Store, sources: Path) -> None:
+    """S5: whoever collects a large store keeps no publisher waiting while it reads what builds on what."""
+    fill(store, sources, 5)
+    opened: list[bool] = []
+    is_locked: list[bool] = []
+
+    def note(kind: str, _: int, args: tuple[object, ...]) -> None:
+        if kind == "open" and str(args[0]).endswith(os.sep + "lock"):
+            is_locked.append(True)
+        if kind == "open" and str(args[0]).endswith("hotglm-manifest.json"):
+            opened.append(bool(is_locked))
+
+    with hooked(note):
+        store.collect_garbage(keep_newest=4)
+    assert opened == [False] * 4

@@ -15,7 +15,6 @@ from hotglm.commands.release_text import describe_release
 from hotglm.commands.target import parse_target
 from hotglm.commands.trust_options import add_key_options, read_key
 from hotglm.errors import ArgumentError, shorten_repr
-from hotglm.progress import Progress
 from hotglm.release.directory import Release, open_release
 from hotglm.release.packing import ReleaseDetails
 from hotglm.release.store_opening import open_store
@@ -48,10 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _verify_arguments(arguments)
     key = None if arguments.key is None else read_key(arguments)
     with ProgressBar(sys.stderr) as bar:
-
-        def show(progress: Progress) -> None:
-            bar.show(progress.done_nbytes, progress.total_nbytes)
-
+        show = bar.tell
         if arguments.store is None:
             maker: Any = importlib.import_module(_MAKER)
             release: Release = maker.make_delta(

@@ -68,7 +68,7 @@ def _move(store: Store, arguments: argparse.Namespace) -> None:
             parse_target(arguments.target),
             expected=None if expected == "none" else expected,
             trust=trust,
-            progress=lambda progress: bar.show(progress.done_nbytes, progress.total_nbytes),
+            progress=bar.tell,
         )
 
 

@@ -13,7 +13,6 @@ from hotglm.commands.progress import ProgressBar
 from hotglm.commands.release_text import describe_release
 from hotglm.commands.target import open_target
 from hotglm.errors import shorten_repr
-from hotglm.progress import Progress
 from hotglm.release.directory import Release
 
 __all__ = ["MATERIALIZE"]
@@ -31,10 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     maker: Any = importlib.import_module(_MAKER)
     with open_target(arguments.release, store=arguments.store) as source, ProgressBar(sys.stderr) as bar:
-
-        def show(progress: Progress) -> None:
-            bar.show(progress.done_nbytes, progress.total_nbytes)
-
+        show = bar.tell
         release: Release = maker.materialize(source, arguments.target, progress=show)
     with release:
         if arguments.json:

@@ -11,7 +11,6 @@ from hotglm.commands.progress import ProgressBar
 from hotglm.commands.release_text import describe_release
 from hotglm.commands.trust_options import add_key_options, parse_time, read_key
 from hotglm.errors import ArgumentError, shorten_repr
-from hotglm.progress import Progress
 from hotglm.release.directory import Release, open_release
 from hotglm.release.packing import ReleaseDetails, pack
 from hotglm.release.store_opening import open_store
@@ -42,10 +41,7 @@ def _run(arguments: argparse.Namespace) -> int:
         signing_key=None if arguments.key is None else read_key(arguments),
     )
     with ProgressBar(sys.stderr) as bar:
-
-        def show(progress: Progress) -> None:
-            bar.show(progress.done_nbytes, progress.total_nbytes)
-
+        show = bar.tell
         if arguments.store is None:
             release = pack(
                 arguments.source,

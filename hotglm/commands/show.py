@@ -31,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with open_target(arguments.release, store=arguments.store) as release:
         if arguments.verify:
             with ProgressBar(sys.stderr) as bar:
-                release.verify(progress=lambda progress: bar.show(progress.done_nbytes, progress.total_nbytes))
+                release.verify(progress=bar.tell)
         changes = find_changes(release)
         if arguments.html is not None:
             write_page(arguments.html, make_show_page(release, changes, is_verified=arguments.verify))

@@ -31,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         with open_target(arguments.target, store=arguments.store) as release, ProgressBar(sys.stderr) as bar:
             path = release.path
-            num = sign_release(path, key, progress=lambda at: bar.show(at.done_nbytes, at.total_nbytes))
+            num = sign_release(path, key, progress=bar.tell)
     if arguments.json:
         print_json("hotglm.sign/1", {"path": path, "key": key.public.id, "num_signatures": num})
     else:

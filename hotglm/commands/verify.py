@@ -98,7 +98,7 @@ def _verify_bundle(arguments: argparse.Namespace) -> int:
             release = stack.enter_context(open_target(arguments.release, store=arguments.store))
             verified = verify_release_bundle(release, arguments.bundle, public_key=arguments.key)
             bar = stack.enter_context(ProgressBar(sys.stderr))
-            release.verify(progress=lambda at: bar.show(at.done_nbytes, at.total_nbytes))
+            release.verify(progress=bar.tell)
     if arguments.json:
         document = {"accepted": True, "outcome": "accepted", "path": verified.path, "files": dict(verified.files)}
         print_json("hotglm.verify/1", document)
@@ -112,7 +112,7 @@ def _verify(arguments: argparse.Namespace) -> Accepted:
     trust = open_trust_from(arguments)
     with open_target(arguments.release, store=arguments.store) as release, ProgressBar(sys.stderr) as bar:
         accepted = trust.verify(release)
-        release.verify(progress=lambda at: bar.show(at.done_nbytes, at.total_nbytes))
+        release.verify(progress=bar.tell)
         return accepted
 
 

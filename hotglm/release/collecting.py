@@ -58,11 +58,10 @@ def collect_garbage(store: StoreReader, *, keep_newest: int, is_dry: bool = Fals
         )
     removed: list[StoredRelease] = []
     in_use: list[StoredRelease] = []
+    bases = _Bases()
+    _find_kept(store, keep_newest, bases)  # read now, and not again under the lock (S5)
     with store.locked(), writing(store.path):
-        named, releases = _find_named(store), store.find_releases()
-        oldest_new = releases[-keep_newest:][0].sequence if releases else 0
-        kept = [one for one in releases if one.sequence >= oldest_new or one.sequence in named]
-        needed = {one.sequence for one in kept} | find_needed(kept, releases)
+        needed, releases = _find_kept(store, keep_newest, bases)
         doomed = [one for one in releases if one.sequence not in needed]
         if is_dry:
             return _foresee(store, doomed)
@@ -73,7 +72,7 @@ def collect_garbage(store: StoreReader, *, keep_newest: int, is_dry: bool = Fals
                 removed.insert(0, one)
             else:
                 in_use.insert(0, one)
-                needed |= find_needed([one], releases)
+                needed |= find_needed([one], releases, bases)
         debris = [*sweep_workspaces(store.join("tmp")), *_sweep_partials(store), *sweep_holders(store)]
         num_objects, nbytes = _remove_objects(store)
         store.digests.forget_lost(lambda: _find_files(store.join("releases")))
@@ -88,7 +87,34 @@ def _find_named(store: StoreReader) -> set[int]:
     return named | {one.sequence for state in services for one in state.find_ids()}
 
 
-def find_needed(kept: Iterable[StoredRelease], releases: Sequence[StoredRelease]) -> set[int]:
+def _find_kept(store: StoreReader, keep_newest: int, bases: _Bases) -> tuple[set[int], list[StoredRelease]]:
+    """Return the numbers of the releases that stay, and all releases."""
+    named, releases = _find_named(store), store.find_releases()
+    oldest_new = releases[-keep_newest:][0].sequence if releases else 0
+    kept = [one for one in releases if one.sequence >= oldest_new or one.sequence in named]
+    return {one.sequence for one in kept} | find_needed(kept, releases, bases), releases
+
+
+class _Bases:
+    """What releases build on, each read once: one that is there never changes (S1)."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int | None] = {}
+
+    def find(self, stored: StoredRelease) -> int | None:
+        """Return the number of a delta's base; None for a full release.
+
+        Raises:
+            SourceError: it cannot be read; it is asked again then.
+        """
+        if stored.path not in self._known:
+            with open_release(stored.path) as release:
+                delta = release.manifest.delta
+            self._known[stored.path] = None if delta is None else delta.base.sequence
+        return self._known[stored.path]
+
+
+def find_needed(kept: Iterable[StoredRelease], releases: Sequence[StoredRelease], bases: _Bases) -> set[int]:
     """Return the numbers of the releases that the deltas among `kept` build on, whole chains (S7, S15).
 
     A release that cannot be read might need any older one, so all of those are needed then.
@@ -96,20 +122,20 @@ def find_needed(kept: Iterable[StoredRelease], releases: Sequence[StoredRelease]
     Args:
         kept: releases that stay.
         releases: all releases of the store.
+        bases: reads what each builds on.
     """
     by_number, needed = {one.sequence: one for one in releases}, set[int]()
     todo = list(kept)
     while todo:
         one = todo.pop()
         try:
-            with open_release(one.path) as release:
-                delta = release.manifest.delta
+            base = bases.find(one)
         except SourceError:
             needed |= {number for number in by_number if number < one.sequence}
             continue
-        if delta is not None and delta.base.sequence in by_number and delta.base.sequence not in needed:
-            needed.add(delta.base.sequence)
-            todo.append(by_number[delta.base.sequence])
+        if base is not None and base in by_number and base not in needed:
+            needed.add(base)
+            todo.append(by_number[base])
     return needed
 
 
