@@ -18,9 +18,9 @@ from hotglm.watching.refusals import Refusals
 from hotglm.watching.scanning import Found, Scanner, Target
 from support.watch_machine import LabelMachine, ShelfMachine
 
-SHORT = settings(max_examples=12, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
+SHORT = settings(max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
 LONG = settings(SHORT, max_examples=400, stateful_step_count=40)
-HUNT = settings(SHORT, max_examples=60, stateful_step_count=12, phases=(Phase.generate,), report_multiple_bugs=False)
+HUNT = settings(SHORT, max_examples=300, stateful_step_count=25, phases=(Phase.generate,), report_multiple_bugs=False)
 
 
 @pytest.mark.parametrize("machine", [ShelfMachine, LabelMachine])
