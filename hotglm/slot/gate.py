@@ -24,7 +24,7 @@ there, so at no time is neither of the two there.
 
 **The last to leave wakes the commit,** which has its thread and everything it needs ready. It does not run in the
 leaving thread, because that may be the main thread, where Ctrl-C would cut a copy in two; see
-docs/adr/0014-gate.md. A wake-up that an interrupt swallows is made up for by a short poll.
+docs/adr/0011-gate.md. A wake-up that an interrupt swallows is made up for by a short poll.
 
 Rejected: a reader-writer lock of `threading` primitives (an interrupt between `acquire` and `try` leaves it locked);
 a count under a lock (the same, and every pass would take it twice).
