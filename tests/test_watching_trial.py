@@ -334,7 +334,9 @@ def test_a_fork_lets_go_of_the_parents_trial(watched: Watched) -> None:
     watched.publish(2)
     watched.settle()
     watched.watcher.reset_after_fork()
-    assert watched.engine.trials.running is None
+    trial = watched.engine.trials.running
+    assert trial is not None
+    assert trial.running is None
     assert watched.state is WatchState.IDLE
     fresh = join(watched)
     fresh.settle()

@@ -19,10 +19,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hotglm import seam
-from hotglm.errors import ArgumentError, SourceError, shorten_repr
-from hotglm.release.directory import open_release
+from hotglm.errors import ArgumentError, ReleaseError, SourceError, shorten_repr
+from hotglm.manifest import MAX_MANIFEST_NBYTES, parse_manifest
+from hotglm.manifest_fields import MANIFEST_NAME
 from hotglm.release.locks import try_exclusively
-from hotglm.release.reading import close_quietly, list_directory
+from hotglm.release.reading import close_quietly, list_directory, read_document
 from hotglm.release.services import sweep_holders
 from hotglm.release.store_reading import StoredRelease, StoreReader
 from hotglm.release.workspace import sweep_workspaces
@@ -108,8 +109,10 @@ class _Bases:
             SourceError: it cannot be read; it is asked again then.
         """
         if stored.path not in self._known:
-            with open_release(stored.path) as release:
-                delta = release.manifest.delta
+            # The manifest alone: a release that lost another file, or got one too many, says what it builds on still.
+            at = os.path.join(stored.path, MANIFEST_NAME)
+            text = read_document(at, limit=MAX_MANIFEST_NBYTES, error=ReleaseError, code="MANIFEST_TOO_LARGE")
+            delta = parse_manifest(text, file=at).delta
             self._known[stored.path] = None if delta is None else delta.base.sequence
         return self._known[stored.path]
 
@@ -117,7 +120,7 @@ class _Bases:
 def find_needed(kept: Iterable[StoredRelease], releases: Sequence[StoredRelease], bases: _Bases) -> set[int]:
     """Return the numbers of the releases that the deltas among `kept` build on, whole chains (S7, S15).
 
-    A release that cannot be read might need any older one, so all of those are needed then.
+    A release whose manifest cannot be read might need any older one, so all of those are needed then.
 
     Args:
         kept: releases that stay.

@@ -194,8 +194,9 @@ class StoreReader:
             yield
 
     def _ledgers(self, directory: str) -> list[str]:
+        """Return the file names of records; names that the store did not give are passed over."""
         names = list_directory(self.join(directory))
-        return [name for name in names if name.endswith(_LEDGER_SUFFIX) and not name.startswith(".")]
+        return [name for name in names if name.endswith(_LEDGER_SUFFIX) and _is_word(name.removesuffix(_LEDGER_SUFFIX))]
 
 
 @functools.lru_cache(maxsize=65_536)  # a pure function: with 10 000 releases parsing would cost more than listing
@@ -208,6 +209,14 @@ def _parse_name(name: str) -> tuple[int, Version] | None:
         return int(match[1]), Version(match[2])
     except ArgumentError:
         return None
+
+
+def _is_word(name: str) -> bool:
+    try:
+        verify_word(name, what="record")
+    except ArgumentError:
+        return False
+    return True
 
 
 def _as_wanted(target: str | int | Version) -> int | Version | None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from hotglm.errors import HotglmError, StoreError
+from hotglm.errors import HotglmError, StoreBusyError, StoreError, StoreWriteError
 from hotglm.problem import describe_exception, escape_text
+from hotglm.release.ledger import ReleaseId
 from hotglm.release.services import Service
 from hotglm.release.store_reading import release_name
 from hotglm.watching.backoff import plan_pause_s
@@ -34,8 +35,7 @@ _MAX_RESTORES = 5
 """How often what was confirmed is tried at the start before the watcher goes on without it."""
 
 _MAX_BROKEN_OFF = 3
-"""How many loads in a row give way to a newer release; the next one is finished, so that publishers who never pause
-cannot keep everything from going live."""
+"""How many loads in a row give way to a newer release; then one is finished, however fast somebody publishes."""
 
 _STATES = {
     Task.REST: WatchState.FOLLOWING,
@@ -55,7 +55,7 @@ class Requests:
         is_paused: whether it is to leave everything as it is.
         is_hinted: whether something may have changed.
         is_asked: whether somebody wants a look now, and what failed tried again.
-        failure: why what is on trial must go; empty where nobody said so.
+        failure: the generation that must go, and why; None where nobody said so.
         confirmed: the generation that somebody confirmed last.
     """
 
@@ -63,7 +63,7 @@ class Requests:
     is_paused: bool = False
     is_hinted: bool = False
     is_asked: bool = False
-    failure: str = ""
+    failure: tuple[int, str] | None = None
     confirmed: int = 0
 
 
@@ -115,7 +115,6 @@ class Engine:
             self._find_confirmed()
         except HotglmError as error:
             self.journal.stand(WatchState.WAITING, error=error)
-            return
         if self._restore is not None:
             self._try_restore(self._restore)
 
@@ -135,11 +134,11 @@ class Engine:
         if requests.is_paused:
             self.journal.stand(WatchState.PAUSED)
             return self.policy.interval_s
+        if self._restore is not None:
+            return self._try_restore(self._restore)
         if failure is not None:
             self._stand_on_error(failure)
             return self._plan_wait()
-        if self._restore is not None:
-            return self._try_restore(self._restore)
         try:
             found = self._look()
         except HotglmError as error:
@@ -157,9 +156,7 @@ class Engine:
     def forget_parent(self) -> None:
         """Let go of what is the business of the process that this one was forked from."""
         self.trials.forget()
-        unended, self.loader.unended = self.loader.unended, []
-        for running in unended:
-            running.close()
+        self.loader.forget()
 
     def note_crash(self, failure: BaseException) -> float:
         """Note that a round raised, and return how long to wait before the next one."""
@@ -199,15 +196,24 @@ class Engine:
     def _find_confirmed(self) -> None:
         """Find out what to start on; trials of dead processes are refused by that, before anything is tried."""
         service = None if self._has_begun else self.find_service()
-        confirmed = None if service is None else service.start()
-        if service is not None and confirmed is not None:
-            path = service.store.join("releases", release_name(confirmed.sequence, confirmed.version))
-            target = self.scanner.read_target(path, confirmed)
-            if target is not None and target.digest == confirmed.digest:
-                self._restore = target
-            else:
-                self.journal.say(logging.ERROR, f"the confirmed release {confirmed.version} is not in the store")
+        if service is not None:
+            try:
+                confirmed = service.start()
+            except (StoreBusyError, StoreWriteError):  # it serves what was confirmed all the same
+                self._plan_restore(service, service.read().confirmed)
+                raise
+            self._plan_restore(service, confirmed)
         self._has_begun = True
+
+    def _plan_restore(self, service: Service, confirmed: ReleaseId | None) -> None:
+        if confirmed is None or (self.applied and self.applied.digest == confirmed.digest):
+            return
+        path = service.store.join("releases", release_name(confirmed.sequence, confirmed.version))
+        target = self.scanner.read_target(path, confirmed)
+        if target is not None and target.digest == confirmed.digest:
+            self._restore = target
+        else:
+            self.journal.say(logging.ERROR, f"the confirmed release {confirmed.version} is not in the store")
 
     def _look(self) -> Found:
         self.journal.last_scan_s = self.clock.now_s()
@@ -249,7 +255,9 @@ class Engine:
         refused = self.refusals.find(target) if task is Task.LEAVE and target is not None else None
         reason = decision.reason if refused is None else first_line(refused.reason)
         stays = task in (Task.AWAIT_RETRY, Task.AWAIT_TRIAL)
-        self.journal.stand(_STATES[task], reason, error=self.journal.error if stays else None)
+        error = self.journal.error if stays else None
+        was_said = error is not None and task is Task.AWAIT_TRIAL  # when it came (E07)
+        self.journal.stand(_STATES[task], *(self.journal.reasons if was_said else (reason,)), error=error)
 
     def _find_waits(self) -> tuple[str, ...]:
         waits = []
@@ -302,8 +310,7 @@ class Engine:
 
     def _should_end(self, target: Target) -> str | None:
         """Return why the load in flight is to be broken off; looks again when a look is due."""
-        stop = self._find_stop()
-        last_s = self.journal.last_scan_s
+        stop, last_s = self._find_stop(), self.journal.last_scan_s
         is_due = last_s is None or self.clock.now_s() - last_s >= self.policy.interval_s
         if stop is not None or not (is_due or self.requests.is_hinted) or self._num_broken_off >= _MAX_BROKEN_OFF:
             return stop
@@ -343,9 +350,12 @@ class Engine:
             self.journal.stand(WatchState.ON_TRIAL)
 
     def _settle_trial(self) -> None:
-        failure, self.requests.failure = self.requests.failure, ""
-        now_s, confirmed = self.clock.now_s(), self.requests.confirmed
-        self._take(self.trials.settle(now_s=now_s, failure=failure, confirmed=confirmed))
+        asked, trial, failure = self.requests.failure, self.trials.running, ""
+        if asked is not None:
+            self.requests.failure = None  # what was bad while this release was being loaded was the one before it
+            failure = asked[1] if trial is not None and asked[0] == trial.number else ""
+        end = self.trials.settle(now_s=self.clock.now_s(), failure=failure, confirmed=self.requests.confirmed)
+        self._take(end)
 
     def _take(self, end: TrialEnd | None) -> None:
         if end is not None:

@@ -54,12 +54,14 @@ class Loader:
         policy: what a version must prove; None for the slot's own.
         mode: the autograd modes in which proofs run: those of whoever made the watcher, as new threads have none.
         unended: trials that could not be withdrawn yet, because their record cannot be written.
+        noted: the trial of what is being loaded; None for none.
     """
 
     slot: ModuleSlot
     policy: StagePolicy | None
     mode: GradMode
     unended: list[RunningTrial] = field(default_factory=list)
+    noted: RunningTrial | None = None
 
     def load(
         self, target: Target, *, service: Service | None, held: int | None, should_end: Callable[[], str | None]
@@ -76,12 +78,14 @@ class Loader:
             LoadEndedError: it was broken off. HotglmError: it failed; what was live serves on.
         """
         with _open(target) as release:
-            running = None if service is None else service.begin(release)
+            running = self.noted = None if service is None else service.begin(release)
             try:
                 number, before = self._go(release.path, held=held, should_end=should_end)
             except BaseException as error:
                 self._end(running, error)
                 raise
+            finally:
+                self.noted = None
         return Went(number=number, before_number=before, running=running)
 
     def end_unended(self) -> None:
@@ -89,6 +93,13 @@ class Loader:
         todo, self.unended = self.unended, []
         for running in todo:
             self.withdraw(running)
+
+    def forget(self) -> None:
+        """Let go of the locks of all trials: they are those of the process that this one was forked from."""
+        unended, self.unended = self.unended, []
+        for running in (*unended, *(() if self.noted is None else (self.noted,))):
+            running.close()
+        self.noted = None
 
     def withdraw(self, running: RunningTrial) -> None:
         """End a trial without a judgement, now or as soon as its record can be written; never raises."""

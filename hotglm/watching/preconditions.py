@@ -80,10 +80,11 @@ class TimeWindow:
         """Refuse hours that cannot be meant.
 
         Raises:
-            ArgumentError: one does not parse, or both are equal.
+            ArgumentError: one does not parse, or names a time zone, or both are equal.
         """
         try:
-            if time.fromisoformat(self.start) != time.fromisoformat(self.end):
+            start, end = time.fromisoformat(self.start), time.fromisoformat(self.end)
+            if start != end and start.tzinfo is end.tzinfo is None:
                 return
         except (TypeError, ValueError):
             pass

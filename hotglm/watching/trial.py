@@ -172,10 +172,14 @@ class Trials:
                 self.loader.withdraw(trial.running)
 
     def forget(self) -> None:
-        """Let go of the trial: it is that of the process that this one was forked from."""
-        trial, self.running = self.running, None
+        """Let go of the trial's record, which is that of the process that this one was forked from.
+
+        What is live here was forked with it, so it stays on trial: it goes back where the release is refused.
+        """
+        trial = self.running
         if trial is not None and trial.running is not None:
             trial.running.close()  # this process's hold on the lock alone; the parent's stays
+            self.running = replace(trial, running=None)
 
     def _note_change(self, trial: OnTrial, *, is_back: bool) -> TrialEnd:
         """Somebody else changed the slot while a trial ran: back is a judgement, anything else is none."""
@@ -201,12 +205,9 @@ class Trials:
             return ""
         try:
             answer = self.probe(self.slot)
+            if answer is None or answer is True:
+                return ""
+            is_text = isinstance(answer, str) and answer
+            return escape_text(str(answer), limit=400) if is_text else f"the probe answered {answer!a:.80}"
         except Exception as error:  # noqa: BLE001 - a probe is the host's code and may raise anything
             return f"the probe raised {describe_exception(error)}"
-        if answer is None or answer is True:
-            return ""
-        return (
-            escape_text(answer, limit=400)
-            if isinstance(answer, str) and answer
-            else f"the probe answered {answer!a:.80}"
-        )

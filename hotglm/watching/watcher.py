@@ -138,17 +138,28 @@ class Watcher:
             self._engine.begin()
             self._unsubscribe = self._slot.subscribe(self._hear)
             self._detach = attach_watcher(self._slot._core, self.status)
-            self._thread = start_thread(self._run, name=f"hotglm-watch-{self._slot.name}")
+            try:
+                self._start_threads()
+            except BaseException:
+                self._unsubscribe()
+                self._detach()
+                raise
             _watchers.add(self)
-            if self._listen is not None:
-                self._hints = Hints(
-                    self._engine.scanner.find_watched,
-                    self._hint,
-                    debounce_s=self._policy.debounce_s,
-                    watch=self._listen,
-                )
-                self._hints.start()
         return self
+
+    def _start_threads(self) -> None:
+        hints = None
+        if self._listen is not None:
+            find_watched, debounce_s = self._engine.scanner.find_watched, self._policy.debounce_s
+            hints = Hints(find_watched, self._hint, debounce_s=debounce_s, watch=self._listen)
+            hints.start()
+        try:
+            self._thread = start_thread(self._run, name=f"hotglm-watch-{self._slot.name}")
+        except BaseException:
+            if hints is not None:
+                hints.stop(timeout_s=_CLOSE_S)
+            raise
+        self._hints = hints
 
     def close(self, *, timeout_s: float = _CLOSE_S) -> None:
         """Stop following; what is live stays live. May be called twice, and from inside a callback.
@@ -205,7 +216,7 @@ class Watcher:
 
     def fail(self, reason: str) -> None:
         """Say that what is on trial is bad: the watcher goes back and refuses it. Without a trial nothing happens."""
-        self._requests.failure = reason or "the host said so"
+        self._requests.failure = (self._slot.live.number, reason or "the host said so")
         self._wake.set()
 
     def status(self) -> WatchStatus:
@@ -288,7 +299,7 @@ class Watcher:
             self._unsubscribe()
             self._detach()
         self._thread = self._hints = None
-        self._requests.failure = ""
+        self._requests.failure = None
         self._engine.forget_parent()
         if not self._requests.is_closed:
             self._engine.journal.state = WatchState.IDLE
