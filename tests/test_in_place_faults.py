@@ -218,6 +218,76 @@ def copying(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[hotglm.ModuleSlot
     thread.join(30)
 
 
+class AtCopy(seam.Seam):
+    """Calls `action` in the middle of an exchange, in the thread that copies."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.action, self._num = action, 0
+
+    def reach(self, place: str) -> None:
+        if place == "exchange.copy":
+            self._num += 1
+            if self._num == 5:
+                self.action()
+
+
+def fail() -> None:
+    raise OSError("planted")
+
+
+def test_what_is_half_written_is_never_served_nor_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C18: after a commit that could not be undone, no pass, commit or rollback goes through, in a child neither."""
+    slot = make_slot()
+    staged = slot.stage(weights(PRIMES[9]), version=name_version(PRIMES[9]))
+
+    def refuse(lane: object) -> None:
+        raise OSError("planted again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seam, "active", AtCopy(fail))
+        patch.setattr("hotglm.weights.exchange.Lane.undo", refuse)
+        with pytest.raises(StageFailedError):
+            slot.commit(staged)
+    actions: list[Callable[[], object]] = [lambda: slot.commit(staged), slot.rollback, lambda: slot(INPUT)]
+    for action in actions:
+        with pytest.raises(hotglm.SlotStateError, match="could not be undone"):
+            action()
+    child = os.fork()
+    if child == 0:
+        try:
+            slot(INPUT)
+        except hotglm.SlotStateError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("what", ["pass", "update", "rollback", "verify", "session"])
+def test_a_finaliser_in_the_thread_of_a_commit_waits_for_nothing(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C17: the garbage collector may run anybody's finaliser there; what would wait for the commit is refused."""
+    slot = make_slot()
+    actions: dict[str, Callable[[], object]] = {
+        "pass": lambda: slot(INPUT),
+        "update": lambda: update_to(slot, PRIMES[10]),
+        "rollback": slot.rollback,
+        "verify": slot.verify_live,
+        "session": lambda: run_session(slot),
+    }
+    errors: list[BaseException] = []
+
+    def finalise() -> None:
+        try:
+            actions[what]()
+        except HotglmError as error:
+            errors.append(error)
+
+    monkeypatch.setattr(seam, "active", AtCopy(finalise))
+    run_in_thread(lambda: update_to(slot, PRIMES[9]))
+    assert [type(error) for error in errors] == [hotglm.ReentrantError]
+    assert_serves(slot, PRIMES[9])
+    assert_works(slot)
+
+
 def test_a_child_never_gets_half_a_version(copying: tuple[hotglm.ModuleSlot, SlowCopy, threading.Thread]) -> None:
     """A fork in the middle of an exchange waits for its end; the child serves one version, whole, and can update."""
     slot, slow, _ = copying

@@ -174,7 +174,6 @@ class Admission:
         self._writer = threading.Lock()
         self._writer_thread = 0
         self._closed = False
-        entry = _record("created", 0, generation)
         self.live = Publication(
             call=choose_call(generation.module),
             generation=generation,
@@ -182,7 +181,7 @@ class Admission:
             held=(),
             trial=False,
             epoch=0,
-            history=(entry,),
+            history=(_record("created", 0, generation),),
         )
 
     def commit(
@@ -261,9 +260,7 @@ class Admission:
     def refresh_call(self) -> None:
         """Choose the call of the live generation anew, after its module was compiled in place."""
         with self._writing():
-            old = self.live
-            call = choose_call(old.generation.module)
-            self.live = replace(old, call=call)
+            self.live = replace(self.live, call=choose_call(self.live.generation.module))
 
     def close(self) -> bool:
         """Refuse commits and rollbacks from now on; return whether that is new. Passes go on."""
@@ -297,6 +294,10 @@ class Admission:
         """Return what is exchanged to make a staged module live."""
         del module, was_refreshed
         return ()
+
+    def is_committing(self) -> bool:
+        """Whether the calling thread works for a commit, so that waiting for its end would never end."""
+        return False
 
     def wait_settled(self) -> None:
         """Wait until no commit is under way."""

@@ -44,7 +44,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from hotglm.errors import SlotStateError
+from hotglm.errors import ReentrantError, SlotStateError
+from hotglm.weights.workers import find_owner
 
 __all__ = ["Closing", "Gate", "Ticket"]
 
@@ -126,6 +127,7 @@ class Gate:
 
         Raises:
             SlotStateError: a commit failed and could not be undone, so that there is nothing whole to run.
+            ReentrantError: a finaliser that runs in a commit's own thread asks for it.
         """
         while True:
             ticket = Ticket()
@@ -164,6 +166,22 @@ class Gate:
         """Whether the calling thread or task is inside, so that a commit would wait for it for ever."""
         return self._has_older(None)
 
+    def is_committing(self) -> bool:
+        """Whether the calling thread works for a commit: whatever waits for that one would wait for itself."""
+        return find_owner() is self
+
+    def verify_not_committing(self) -> None:
+        """Refuse what a finaliser asks for that the garbage collector happens to run in a commit's own thread.
+
+        Raises:
+            ReentrantError: it is asked for there.
+        """
+        if self.is_committing():
+            raise ReentrantError(
+                "Expected passes and updates from outside a commit in place, got one from a finaliser in its thread.",
+                remedy="let the finaliser set an event, and use the slot in a thread that waits for it.",
+            )
+
     def _has_older(self, own: Mark | None) -> bool:
         thread, sessions = threading.get_ident(), _sessions.get()
         marks = self._inside.copy()
@@ -173,6 +191,7 @@ class Gate:
         closing = self.closing
         if closing is None:
             return
+        self.verify_not_committing()
         closing.wake()
         while self.closing is closing:
             if not closing.wait_opened() and closing.worker.is_alive():
@@ -202,6 +221,15 @@ class Gate:
         if not closing.is_torn and self.closing is closing:
             self.closing = None
         closing.end()
+
+    def verify_whole(self) -> None:
+        """Refuse when a commit has left live weights half written; nobody is let in, and nothing is written on top.
+
+        Raises:
+            SlotStateError: one has.
+        """
+        if self.closing is not None and self.closing.is_torn:
+            _refuse_torn()
 
     def count_inside(self) -> int:
         """Return how many passes and sessions are inside."""
@@ -238,7 +266,8 @@ class Gate:
         """Forget the passes of threads that do not exist in a forked child, and any commit."""
         thread = threading.get_ident()
         self._inside.difference_update({mark for mark in self._inside.copy() if mark.thread != thread})
-        self.closing = None
+        if self.closing is not None and not self.closing.is_torn:
+            self.closing = None
 
 
 def _describe(mark: Mark, name: str | None, frame: types.FrameType | None, now: float) -> str:

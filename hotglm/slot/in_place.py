@@ -175,8 +175,13 @@ class InPlaceAdmission(Admission):
         loose = find_loose_tensors(live) if was_refreshed else ()
         return pair_states(live, module, was_refreshed=was_refreshed, loose=loose)
 
+    def is_committing(self) -> bool:
+        """Whether the calling thread works for a commit; see `Admission.is_committing`."""
+        return self.gate.is_committing()
+
     def wait_settled(self) -> None:
         """Wait until no commit is under way: what it uses is in nobody's list until it has ended."""
+        self.gate.verify_not_committing()
         with self._changing:
             pass
 
@@ -254,6 +259,7 @@ class InPlaceAdmission(Admission):
     # -- one change ----------------------------------------------------------------------------------------------------
 
     def _change(self, change: Change) -> Publications:
+        self.gate.verify_not_committing()
         if self.gate.is_inside():
             raise ReentrantError(
                 "Expected a commit in place from outside the slot's passes, got one from inside a pass or session.",
@@ -263,7 +269,7 @@ class InPlaceAdmission(Admission):
         unwanted = threading.Event()
         work = functools.partial(self._work, change, unwanted, failures)
         try:
-            thread = start_thread(work, name=f"hotglm-commit-{self.name}")
+            thread = start_thread(work, name=f"hotglm-commit-{self.name}", owner=self.gate)
             while thread.is_alive():
                 thread.join(_SIGNAL_S)
         except BaseException:
@@ -292,6 +298,7 @@ class InPlaceAdmission(Admission):
     def _change_now(self, change: Change, unwanted: threading.Event) -> None:
         with self._writing():
             self._verify_open()
+            self.gate.verify_whole()
             generation = change.choose(self.live)
         ready = self._prepare(generation)
         closing = Closing(threading.current_thread())

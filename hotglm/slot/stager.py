@@ -181,7 +181,7 @@ class Stager:
                 progress(outcome)
 
     def _verify_not_inside(self) -> None:
-        if threading.get_ident() in self._threads or find_owner() is self:
+        if threading.get_ident() in self._threads or find_owner() is self or self._spares.admission.is_committing():
             error = ReentrantError(
                 "Expected an update from outside the slot's own staging, got one from inside it.",
                 remedy="let the check, refresh or progress callback return, and update afterwards.",
