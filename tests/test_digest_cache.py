@@ -258,3 +258,24 @@ def test_entries_go_with_what_they_lead_to(store: Store, source: Path, tmp_path:
     assert len(os.listdir(store.join("digests"))) == before - 3  # a source and its content; a linked one
     assert read_by(publish(store, source, "1.5")) > 0
     assert verify_store(store) == ["1.4", "1.5"]
+
+
+def test_a_content_that_has_rotted_is_replaced_once_a_label_was_refused_for_it(store: Store, source: Path) -> None:
+    """S13, S4: bytes that changed with all times as they were are known no more; sound ones take their place."""
+    publish(store, source, "1.0")()
+    path = Path(store.find_release("1.0").path, WEIGHTS)
+    status = path.stat()
+    path.chmod(0o644)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    path.chmod(0o444)
+    copy = shutil.copytree(source, source.with_name("fetched again"))
+    publish(store, copy, "1.1")()
+    with pytest.raises(DigestMismatchError):
+        store.move_label("stable", "1.1")
+    publish(store, copy, "1.2")()
+    store.move_label("stable", "1.2", expected=None)
+    assert inode(store, "1.2") != inode(store, "1.1")
+    assert read_by(publish(store, copy, "1.3")) == 0
+    store.move_label("stable", "1.3")

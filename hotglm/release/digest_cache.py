@@ -176,6 +176,15 @@ class DigestCache:
             close_quietly(fd)
         seam.active.rename(partial, self._find_entry(known.stamp))
 
+    def forget(self, path: str) -> None:
+        """Remove what is known of the file `path`, if anything is.
+
+        Raises:
+            OSError: the system refused.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            seam.active.unlink(self._find_entry(FileStamp.of(seam.active.lstat(path))))
+
     def forget_lost(self, find_linked: Callable[[], Iterable[os.stat_result]]) -> None:
         """Remove the entries that nothing can be linked by any more, and what is no entry.
 

@@ -18,10 +18,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING
 
 from hotglm import seam
-from hotglm.errors import (
-    Problem,
-    StoreConflictError,
-)
+from hotglm.errors import DigestMismatchError, HotglmError, Problem, StoreConflictError
 from hotglm.progress import Progress
 from hotglm.release.chains import verify_chain
 from hotglm.release.collecting import Collected, collect_garbage
@@ -141,7 +138,11 @@ class Store(StoreReader):
         with self.open_release(target) as release:  # open, so that it cannot be collected meanwhile
             if trust is not None:
                 trust.verify(release)
-            verify_chain(release, progress=progress)
+            try:
+                verify_chain(release, progress=progress)
+            except DigestMismatchError as error:
+                self._forget_digests(error)
+                raise
             manifest = release.manifest
             wanted = ReleaseId(sequence=manifest.sequence, version=str(manifest.version), digest=release.digest)
             with self.locked():
@@ -173,6 +174,16 @@ class Store(StoreReader):
                 with contextlib.suppress(FileNotFoundError):
                     seam.active.unlink(path)
                 flush_directory(self.join("labels"))
+
+    def _forget_digests(self, error: DigestMismatchError) -> None:
+        """Know no digest any more of files that have another one: what is sound takes their place when it is published.
+
+        Otherwise every release of the same content would be given the content that has rotted (S13).
+        """
+        with contextlib.suppress(HotglmError, OSError), self.locked():
+            for problem in error.problems:
+                if problem.file is not None:
+                    self.digests.forget(problem.file)
 
     def _verify_expected(self, name: str, label: Label | None, expected: str | Version | EllipsisType | None) -> None:
         found = None if label is None else label.release.version
