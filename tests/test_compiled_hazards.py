@@ -239,7 +239,7 @@ class Halved(torch.Tensor):
 
 
 def test_wrapper_subclasses_are_refused_by_name() -> None:
-    """Parameters that only wrap other tensors have no memory of their own to fill, and are named."""
+    """Parameters that only wrap others, and that nobody can make again from these, are named (G13)."""
     layer = nn.Linear(WIDTH, WIDTH, bias=False)
     layer.weight = nn.Parameter(Halved(torch.ones(WIDTH, WIDTH)), requires_grad=False)
     expected = layer(X)

@@ -18,9 +18,7 @@ from __future__ import annotations
 import collections
 import copy
 import types
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,14 +27,16 @@ from torch.overrides import TorchFunctionMode
 
 from hotglm.errors import shorten_repr
 from hotglm.model.compiled import COMPILED_CALL, bind_twins, rebind
+from hotglm.model.copied import ChangedWhileCopiedError, Twin
 from hotglm.model.derived import Marks
 from hotglm.model.extents import Parts, overlaps_itself
 from hotglm.model.findings import Findings
-from hotglm.model.inspection import StateEntry, find_state
+from hotglm.model.inspection import StateEntry, find_state, group_by_wrapper
 from hotglm.model.references import (
     CONTAINERS,
     TooManyObjectsError,
     copies_itself,
+    describes_quantised,
     has_plain_state,
     is_a,
     is_array,
@@ -45,15 +45,18 @@ from hotglm.model.references import (
     is_slot,
     leads_nowhere,
     reaches,
+    turn_reference,
     walk,
     why_uncopyable,
 )
 from hotglm.model.verification import INSIDE, TOO_LARGE, Place, Verifier, name_tensor
+from hotglm.model.wrappers import is_wrapper, rebuild
+from hotglm.problem import describe_exception
 from hotglm.weights.arena import Lease
 from hotglm.weights.layout import Layout
 from hotglm.weights.workers import yield_gil_when_due
 
-__all__ = ["ChangedWhileCopiedError", "Copier", "Twin"]
+__all__ = ["Copier"]
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor of C
 _SHAREABLE_FAILURES = (TypeError, NotImplementedError, RecursionError)
@@ -61,27 +64,7 @@ _DICTS = (dict, collections.OrderedDict)
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 _NOT_CARRIED = frozenset({COMPILED_CALL})  # bound anew
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Twin:
-    """A structural copy over an arena, with its tensors by name.
-
-    Attributes:
-        module: the copy.
-        views: every registered name and the tensor it has in the arena (ties share memory).
-        carried: names of unregistered or non-persistent state that keeps the value it had.
-        loose: the copies of that state, and of what is recomputed.
-    """
-
-    module: nn.Module
-    views: Mapping[str, torch.Tensor]
-    carried: tuple[str, ...]
-    loose: tuple[torch.Tensor, ...]
-
-
-class ChangedWhileCopiedError(Exception):
-    """A container of the serving module changed size while it was walked."""
+_LOOSE_WRAPPER = "it is a tensor subclass that wraps others, and is neither a parameter nor a buffer"
 
 
 class Copier(TorchFunctionMode):
@@ -149,7 +132,10 @@ class Copier(TorchFunctionMode):
             self._views[entry.name] = known.detach()
             if not entry.persistent:
                 self.loose.append(entry.tensor)
-                self._findings.judge(entry.name, entry.tensor, owner=entry.owner, marks=self._marks, is_buffer=True)
+                name = entry.registered_name
+                self._findings.judge(name, entry.tensor, owner=entry.owner, marks=self._marks, is_buffer=True)
+        for wrapper, entries in group_by_wrapper(self._entries):
+            self._map_wrapper(wrapper, entries)
 
     def _map_tensor(self, entry: StateEntry) -> torch.Tensor:
         source = entry.tensor
@@ -159,24 +145,38 @@ class Copier(TorchFunctionMode):
         else:
             view.requires_grad_(source.requires_grad)
         self._remember(source, view)
-        if source._backward_hooks or getattr(source, "_post_accumulate_grad_hooks", None):
-            why = "it has hooks of its own (register_hook), which torch does not copy"
-            self._findings.refuse("", entry.name, why)
+        self._findings.refuse_hooks(entry.name, source)
         return view
+
+    def _map_wrapper(self, wrapper: torch.Tensor, entries: list[StateEntry]) -> None:
+        """Make a wrapper of the same kind over the views of what is inside; the dry run has only the old ones."""
+        name = entries[0].registered_name
+        is_dry = self._lease is None
+        leaves = {entry.inner: entry.tensor if is_dry else self._memo[id(entry.tensor)] for entry in entries}
+        self._findings.refuse_hooks(name, wrapper)
+        try:
+            self._remember(wrapper, rebuild(wrapper, leaves))
+        except Exception as failure:  # noqa: BLE001 - the subclass's code may raise anything
+            self._findings.refuse(
+                "", name, f"{type(wrapper).__name__} cannot be made again: {describe_exception(failure)}"
+            )
+            self._remember(wrapper, wrapper)
 
     def _copy_attributes_of_tensors(self) -> None:
         """Copy what users have set on parameters and buffers; it may refer to any part of the module."""
         done: set[int] = set()
         for entry in self._entries:
-            attributes = dict(vars(entry.tensor))
-            if not attributes or id(entry.tensor) in done:
+            tensor, twin = entry.registered, self._memo[id(entry.registered)]
+            if not vars(tensor) or id(tensor) in done:
                 continue
-            done.add(id(entry.tensor))
-            path, _, leaf = entry.name.rpartition(".")
+            done.add(id(tensor))
+            own = () if entry.wrapper is None else vars(twin)  # of its class, and made with it
+            attributes = {name: value for name, value in vars(tensor).items() if name not in own}
+            path, _, leaf = entry.registered_name.rpartition(".")
             for name, value in attributes.items():
                 place = Place(path=path, name=f"{leaf}.{name}", owner=entry.owner)
                 self._prepare(place, value)
-                setattr(self._memo[id(entry.tensor)], name, self._copy_attribute(place, value))
+                setattr(twin, name, self._copy_attribute(place, value))
 
     def _view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
         if self._lease is None:
@@ -197,12 +197,8 @@ class Copier(TorchFunctionMode):
             twin = self._memo.get(id(part))
             if twin is None:  # a module that copies itself
                 continue
-            if type(reference) in weakref.ProxyTypes:
-                self._remember(reference, weakref.proxy(twin))
-            elif type(reference) is weakref.ref:
-                self._remember(reference, weakref.ref(twin))
-            elif is_a(reference, weakref.WeakMethod) and (method := reference()) is not None:
-                self._remember(reference, weakref.WeakMethod(types.MethodType(method.__func__, twin)))
+            if (turned := turn_reference(reference, twin)) is not None:
+                self._remember(reference, turned)
 
     # -- modules and their attributes ----------------------------------------------------------------------------------
 
@@ -213,7 +209,7 @@ class Copier(TorchFunctionMode):
         attributes = [
             (name, value, None if is_inert(value) else Place(path=path, name=name, owner=module))
             for name, value in list(vars(module).items())
-            if name not in _NOT_CARRIED
+            if name not in _NOT_CARRIED and not describes_quantised(name, value)
         ]
         for _, value, place in attributes:
             if place is not None:
@@ -357,6 +353,9 @@ class Copier(TorchFunctionMode):
 
     def _judge_shared(self, tensor: torch.Tensor, place: Place) -> None:
         """Judge a tensor that both generations refer to, by way of a function or an object that cannot be copied."""
+        if is_wrapper(tensor):
+            self._findings.refuse(place.path, place.name, _LOOSE_WRAPPER)
+            return
         self._findings.judge(place.full_name, tensor, owner=place.owner, marks=self._marks)
         if id(tensor) not in self._memo:
             self.loose.append(tensor)
@@ -378,6 +377,10 @@ class Copier(TorchFunctionMode):
             known: torch.Tensor = memo[id(tensor)]
             return known
         if is_fake(tensor):  # what a graph has noted of values; it has none itself
+            return tensor
+        if is_wrapper(tensor):
+            self._findings.refuse(self._place.path, self._place.name, _LOOSE_WRAPPER)
+            self._remember(tensor, tensor)
             return tensor
         offset = self._parts.find_offset(tensor)
         if offset is not None:

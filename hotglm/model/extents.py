@@ -14,6 +14,7 @@ from torch import nn
 
 from hotglm.model.inspection import StateEntry
 from hotglm.model.references import is_a, is_array, is_fake
+from hotglm.model.wrappers import find_memory, is_wrapper
 from hotglm.weights import places
 from hotglm.weights.arena import ALIGNMENT
 from hotglm.weights.device import Device
@@ -98,7 +99,9 @@ class Parts:
     def __init__(self, root: nn.Module, entries: Iterable[StateEntry], layout: Layout) -> None:
         """Note the parts of `root`, whose state `entries` are; the caller keeps them alive."""
         self._layout = layout
-        parts = [*root.modules(), *(entry.tensor for entry in entries)]
+        known = list(entries)
+        tensors = {id(tensor): tensor for entry in known for tensor in (entry.tensor, entry.registered)}
+        parts = [*root.modules(), *tensors.values()]
         self._ids = {id(part) for part in parts}
         self.references = [(reference, part) for part in parts for reference in weakref.getweakrefs(part)]
         self._reference_ids = {id(reference) for reference, _ in self.references}
@@ -108,13 +111,14 @@ class Parts:
         if id(value) in self._ids or id(value) in self._reference_ids:
             return True
         if is_a(value, torch.Tensor):
-            return self.find_offset(value) is not None
+            return any(self.find_offset(tensor) is not None for tensor in find_memory(value))
         return is_array(value) and self._layout.find_offset(*_find_array_extent(value)) is not None
 
     def find_offset(self, tensor: torch.Tensor) -> int | None:
         """Return where the bytes of `tensor` go in the arena, or None if they are not those of a part."""
         if (
             is_fake(tensor)
+            or is_wrapper(tensor)
             or tensor.layout is not torch.strided
             or tensor.is_meta
             or not places.active.supports(tensor)

@@ -63,6 +63,11 @@ class Findings:
         code = "CANNOT_SWAP_COMPILED" if why in (SCRIPT, PACKAGE) else "UNCOPYABLE"
         self._uncopyable.setdefault((where, why), Problem(code=code, message=message))
 
+    def refuse_hooks(self, name: str, tensor: torch.Tensor) -> None:
+        """Take note of hooks of the parameter or buffer `name` itself."""
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            self.refuse("", name, "it has hooks of its own (register_hook), which torch does not copy")
+
     def raise_if_any(self) -> None:
         """Raise all problems as one error.
 

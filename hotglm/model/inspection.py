@@ -4,7 +4,9 @@ Rules this module keeps:
 
 - Every name under which `state_dict` would list a tensor is listed, aliases included, in registration order.
 - Nothing is read but metadata; no tensor is copied, moved or written.
-- What a slot cannot hold (lazy, meta, sparse, quantised, tensor subclasses, other devices, compiled modules) is refused
+- Of a tensor subclass that wraps others (`model/wrappers.py`), what is inside is listed, by inner names:
+  that has the memory.
+- What a slot cannot hold (lazy, meta, sparse, quantised, other subclasses, other devices, compiled modules) is refused
   here, all of it at once, before anything else is tried.
 """
 
@@ -32,12 +34,21 @@ from hotglm.errors import (
 from hotglm.model.compiled import is_optimized
 from hotglm.model.recording import record_outputs
 from hotglm.model.registry import find_definition
+from hotglm.model.wrappers import PLAIN, find_leaves, is_wrapper
 from hotglm.weights import places
 from hotglm.weights.dtypes import dtype_name
 
 _CANNOT_SWAP = "CANNOT_SWAP_COMPILED"
 
-__all__ = ["StateEntry", "contract_of", "describe_module", "find_state", "find_tensor_fault", "verify_holdable"]
+__all__ = [
+    "StateEntry",
+    "contract_of",
+    "describe_module",
+    "find_state",
+    "find_tensor_fault",
+    "group_by_wrapper",
+    "verify_holdable",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +61,8 @@ class StateEntry:
         kind: parameter or buffer.
         persistent: whether `state_dict` has it.
         owner: the submodule it is registered on.
+        wrapper: what is registered there, where `tensor` is inside of it; else None.
+        inner: the name inside the wrapper, which `name` ends in; empty without one.
     """
 
     name: str
@@ -57,6 +70,18 @@ class StateEntry:
     kind: Literal["parameter", "buffer"]
     persistent: bool
     owner: nn.Module
+    wrapper: torch.Tensor | None = None
+    inner: str = ""
+
+    @property
+    def registered(self) -> torch.Tensor:
+        """The parameter or buffer that the module has."""
+        return self.tensor if self.wrapper is None else self.wrapper
+
+    @property
+    def registered_name(self) -> str:
+        """Its full dotted name."""
+        return self.name if self.wrapper is None else self.name.removesuffix(f".{self.inner}")
 
 
 def find_state(module: nn.Module) -> Iterator[StateEntry]:
@@ -65,11 +90,35 @@ def find_state(module: nn.Module) -> Iterator[StateEntry]:
         prefix = f"{path}." if path else ""
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                yield StateEntry(name=prefix + name, tensor=parameter, kind="parameter", persistent=True, owner=owner)
+                yield from _open_wrapper(
+                    StateEntry(name=prefix + name, tensor=parameter, kind="parameter", persistent=True, owner=owner)
+                )
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 persistent = name not in owner._non_persistent_buffers_set
-                yield StateEntry(name=prefix + name, tensor=buffer, kind="buffer", persistent=persistent, owner=owner)
+                yield from _open_wrapper(
+                    StateEntry(name=prefix + name, tensor=buffer, kind="buffer", persistent=persistent, owner=owner)
+                )
+
+
+def _open_wrapper(entry: StateEntry) -> Iterator[StateEntry]:
+    if type(entry.tensor) in PLAIN or not is_wrapper(entry.tensor):
+        yield entry
+        return
+    for inner, leaf in find_leaves(entry.tensor):
+        yield replace(entry, name=f"{entry.name}.{inner}", tensor=leaf, wrapper=entry.tensor, inner=inner)
+
+
+def group_by_wrapper(entries: Iterable[StateEntry]) -> Iterator[tuple[torch.Tensor, list[StateEntry]]]:
+    """Yield each wrapper once, with the entries of what is inside, under the first of its names."""
+    groups: dict[int, list[StateEntry]] = {}
+    for entry in entries:
+        if entry.wrapper is not None:
+            group = groups.setdefault(id(entry.wrapper), [])
+            if not group or group[0].registered_name == entry.registered_name:
+                group.append(entry)
+    for group in groups.values():
+        yield group[0].registered, group
 
 
 def contract_of(module: nn.Module, *, inputs: Iterable[Any] = (), is_fixed: bool = False) -> Contract:
@@ -218,7 +267,7 @@ def _find_unsupported_tensors(root: nn.Module) -> Iterator[Problem]:
 
 def find_tensor_fault(tensor: torch.Tensor) -> str | None:
     """Return what keeps `tensor` from being a plain dense one on a device we know, as the rest of a sentence."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+    if type(tensor) not in PLAIN:
         return f"the subclass {type(tensor).__name__}"
     if tensor.layout is not torch.strided:
         return f"layout {tensor.layout}"

@@ -39,6 +39,7 @@ __all__ = [
     "SCRIPT",
     "TooManyObjectsError",
     "copies_itself",
+    "describes_quantised",
     "has_plain_state",
     "holds",
     "is_a",
@@ -49,6 +50,7 @@ __all__ = [
     "is_slot",
     "leads_nowhere",
     "reaches",
+    "turn_reference",
     "walk",
     "why_uncopyable",
 ]
@@ -212,6 +214,26 @@ def holds(value: object, wanted: object) -> bool:
     with contextlib.suppress(TooManyObjectsError):
         return any(item is wanted for item, _ in walk(value, limit=2000))
     return False
+
+
+def describes_quantised(name: str, value: object) -> bool:
+    """Whether the attribute `name` of a module is what torchao puts there for printing quantised weights.
+
+    It is a method over a partial, which no copy of the module copies: the partial has the method of the module that was
+    quantised among its arguments, and so all of its weights. Nothing but `repr` uses it.
+    """
+    return name == "extra_repr" and is_a(value, types.MethodType) and is_a(value.__func__, functools.partial)
+
+
+def turn_reference(reference: Any, twin: Any) -> object | None:
+    """Return a weak reference of the same kind to `twin`; None for a kind that nobody knows, or a dead one."""
+    if type(reference) in weakref.ProxyTypes:
+        return weakref.proxy(twin)
+    if type(reference) is weakref.ref:
+        return weakref.ref(twin)
+    if is_a(reference, weakref.WeakMethod) and (method := reference()) is not None:
+        return weakref.WeakMethod(types.MethodType(method.__func__, twin))
+    return None
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

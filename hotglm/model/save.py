@@ -108,9 +108,15 @@ def _collect(source: nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.
 def untied_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the state of a module, what has several names under the first of them."""
     seen: set[tuple[object, ...]] = set()
+    wrapped: set[int] = set()
     for entry in find_state(module):
         tensor = entry.tensor
         if not entry.persistent:
+            continue
+        if entry.wrapper is not None:  # no file can hold what it is; whoever writes one says so
+            if id(entry.wrapper) not in wrapped:
+                wrapped.add(id(entry.wrapper))
+                yield entry.registered_name, entry.wrapper
             continue
         if find_tensor_fault(tensor) is None and tensor.numel():
             place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from hotglm.errors import Problem, RefreshError, UncopyableError
-from hotglm.model.copier import ChangedWhileCopiedError, Copier, Twin
+from hotglm.model.copied import ChangedWhileCopiedError, Twin
+from hotglm.model.copier import Copier
 from hotglm.model.derived import Marks
 from hotglm.model.extents import lay_out
 from hotglm.model.inspection import find_state
@@ -94,7 +95,11 @@ def settle_in_place(twin: Twin) -> None:
         view = twin.views.get(entry.name)
         if view is None or entry.tensor.data_ptr() == view.data_ptr():
             continue
-        if entry.kind == "parameter" or (entry.tensor.shape, entry.tensor.dtype) != (view.shape, view.dtype):
+        if (
+            entry.kind == "parameter"
+            or entry.wrapper is not None
+            or (entry.tensor.shape, entry.tensor.dtype) != (view.shape, view.dtype)
+        ):
             message = "Expected a refresh to write derived buffers, got one that replaced"
             problems.append(Problem(code="REFRESH_FAILED", message=message, tensor=entry.name))
             continue

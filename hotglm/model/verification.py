@@ -38,6 +38,7 @@ from hotglm.model.references import (
     walk,
     why_uncopyable,
 )
+from hotglm.model.wrappers import is_wrapper
 
 __all__ = ["INSIDE", "TOO_LARGE", "Place", "Verifier", "name_tensor"]
 
@@ -179,7 +180,7 @@ class Verifier:
 
 def _find_address(tensor: torch.Tensor) -> int:
     """Return where the storage of `tensor` begins, 0 for one without memory."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
+    if tensor.layout is not torch.strided or tensor.is_meta or is_wrapper(tensor):
         return 0
     return tensor.untyped_storage().data_ptr()
 

@@ -29,6 +29,7 @@ from hotglm.errors import ArgumentError, CallableCheckError, GoldenMismatchError
 from hotglm.model.compiled import find_modes
 from hotglm.model.grad_mode import GradMode
 from hotglm.model.recording import call_with
+from hotglm.model.wrappers import find_memory
 from hotglm.output_spec import OutputSpec
 from hotglm.problem import describe_exception
 from hotglm.verdict import Finding
@@ -194,22 +195,28 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
         CallableCheckError: the body wrote parameters.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
-        buffers = [(owner, name, b, b.clone()) for owner, name, b in _find_buffers(module)]
-    versions = {name: (parameter, parameter._version) for name, parameter in module.named_parameters()}
+        buffers = list(_find_buffers(module))
+        values = [(tensor, tensor.clone()) for _, _, buffer in buffers for tensor in find_memory(buffer)]
+    versions = {name: (parameter, _read_versions(parameter)) for name, parameter in module.named_parameters()}
     yield
     # All of them: batch norm writes its statistics without counting a change.
     with torch.inference_mode(mode=False), torch.no_grad():
-        for owner, name, buffer, value in buffers:
+        for owner, name, buffer in buffers:
             owner._buffers[name] = buffer
-            buffer.copy_(value)
+        for tensor, value in values:
+            tensor.copy_(value)
     now = dict(module.named_parameters())
-    changed = [name for name, (p, version) in versions.items() if now.get(name) is not p or p._version != version]
+    changed = [name for name, (p, before) in versions.items() if now.get(name) is not p or _read_versions(p) != before]
     if changed:
         raise CallableCheckError(
             "Expected checks that only look, got some that wrote weights.",
             problems=[Problem(code="GATE_FAILED", message="A check or pass wrote it", tensor=name) for name in changed],
             remedy="run the check on a copy (copy.deepcopy(module)), or make it stop training what it is given.",
         )
+
+
+def _read_versions(parameter: torch.Tensor) -> list[int]:
+    return [tensor._version for tensor in find_memory(parameter)]
 
 
 def _find_buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:

@@ -48,7 +48,7 @@ def _find_reasons(module: nn.Module) -> Iterator[str]:
     if is_script(module):
         yield "it is TorchScript, which is compiled for the one object"
         return
-    names = {id(entry.tensor): entry.name for entry in find_state(module)}
+    names = {id(entry.registered): entry.registered_name for entry in find_state(module)}
     parts = {id(part) for part in module.modules()}
     for item in gc.get_objects():
         # By its class, because `isinstance` may ask the object, and a lazy one would wake up.

@@ -24,6 +24,7 @@ from torch import nn
 
 from hotglm.errors import SlotStateError
 from hotglm.model.compiled import bind, settle
+from hotglm.model.wrappers import shares_memory
 
 if TYPE_CHECKING:
     from hotglm.slot.admission import Admission
@@ -123,7 +124,7 @@ class ModuleFacade(nn.Module):
                 self.share_memory()
             with torch.no_grad():
                 result = fn(tensor)
-            if result is not tensor and not (result.data_ptr() == tensor.data_ptr() and result.dtype is tensor.dtype):
+            if result is not tensor and not shares_memory(result, tensor):
                 _refuse_write("conversion or move of the live weights", "slot.update(converted_module)")
         return self
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from hotglm.contract import Contract
 from hotglm.model.derived import Marks
+from hotglm.model.inspection import find_state
 from hotglm.model.twin import mark_loose_tensors
 from hotglm.version import Version
 
@@ -190,8 +191,9 @@ class Retired:
         self._arena = None if generation.arena is None else weakref.ref(generation.arena)
         self.address = 0 if generation.arena is None else generation.arena.address
         self._lease = generation.lease
-        tensors = [*generation.module.parameters(), *generation.module.buffers()] if self._arena is None else []
-        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        entries = find_state(generation.module) if self._arena is None else ()
+        tensors = {id(tensor): tensor for entry in entries for tensor in (entry.tensor, entry.registered)}
+        self._tensors = [weakref.ref(tensor) for tensor in tensors.values()]
 
     @property
     def arena(self) -> Arena | None:

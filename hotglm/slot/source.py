@@ -28,6 +28,7 @@ from hotglm.model.inspection import contract_of, find_state
 from hotglm.model.module_versions import KEY as MODULE_VERSIONS_KEY
 from hotglm.model.module_versions import MAX_MODULES, find_module_versions
 from hotglm.model.registry import Definition, find_definition, read_config
+from hotglm.model.wrappers import WrapperSpec, find_wrapper_specs, flatten_mapping
 from hotglm.release.directory import Release, is_release, open_release
 from hotglm.release.files import WeightFiles, open_weights
 from hotglm.release.payloads import read_result_metadata
@@ -73,6 +74,7 @@ class Offer:
         release: the open release that it is, if it is one.
         accepted: the proof that the slot's trust accepted that release.
         tensors: tensors, for a mapping or module.
+        wrappers: what the subclasses are that wrap some of its tensors, by the name of the whole.
         module: the module, for a module source: its structure is what holds the weights.
         recipe: how that was compiled as a whole, if it was what `torch.compile` returns.
         definition: what is declared of the module's class.
@@ -92,6 +94,7 @@ class Offer:
     release: Release | None = None
     accepted: Accepted | None = None
     tensors: Mapping[str, torch.Tensor] | None = None
+    wrappers: Mapping[str, WrapperSpec] = field(default_factory=dict)
     module: nn.Module | None = None
     recipe: Recipe | None = None
     definition: Definition | None = None
@@ -257,7 +260,7 @@ def _bad_metadata(path: str, key: str, expected: str) -> TensorValueError:
 
 
 def _offer_tensors(source: Mapping[str, torch.Tensor]) -> Offer:
-    tensors = dict(source)
+    tensors, wrappers = flatten_mapping(source)
     problems = [
         Problem(code="BAD_TENSOR", message=f"Expected a dense tensor with memory, got {why}", tensor=str(name))
         for name, tensor in tensors.items()
@@ -269,10 +272,11 @@ def _offer_tensors(source: Mapping[str, torch.Tensor]) -> Offer:
         )
     return Offer(
         module_versions=find_module_versions(source),
-        label=f"a mapping of {len(tensors)} tensors",
+        label=f"a mapping of {len(source)} tensors",
         contract=Contract.of_tensors({name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}),
         nbytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         tensors=tensors,
+        wrappers=wrappers,
     )
 
 
@@ -302,6 +306,7 @@ def _offer_module(module: nn.Module, *, compiled: nn.Module) -> Offer:
         config=read_config(module),
         requires=definition.requires if definition else (),
         tensors=tensors,
+        wrappers=find_wrapper_specs(module),
         module=module,
         recipe=None if compiled is module else find_recipe(compiled),
         definition=definition,

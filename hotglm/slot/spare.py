@@ -15,7 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from hotglm.errors import ConflictError
+from hotglm.model.inspection import find_state
 from hotglm.slot.admission import Admission
 from hotglm.slot.generation import Generation, Retired
 from hotglm.slot.holders import Holder, Sessions, find_passes
@@ -272,8 +275,7 @@ def weights_nbytes(generation: Generation) -> int:
     """Return the bytes of a generation's weights: of its arena, or of the tensors it came with."""
     if generation.arena is not None:
         return generation.arena.nbytes
-    tensors = {id(t): t for t in (*generation.module.parameters(), *generation.module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in _find_tensors(generation))
 
 
 def _host_nbytes(nbytes: int, regions: tuple[Region, ...]) -> int:
@@ -290,5 +292,8 @@ def _arena_nbytes(arena: Arena, device: Device | None) -> int:
 def _nbytes_on(device: Device | None, generation: Generation) -> int:
     if generation.arena is not None:
         return _arena_nbytes(generation.arena, device)
-    tensors = {id(t): t for t in (*generation.module.parameters(), *generation.module.buffers())}.values()
-    return sum(tensor.nbytes for tensor in tensors if places.active.find(tensor) is device)
+    return sum(tensor.nbytes for tensor in _find_tensors(generation) if places.active.find(tensor) is device)
+
+
+def _find_tensors(generation: Generation) -> list[torch.Tensor]:
+    return list({id(entry.tensor): entry.tensor for entry in find_state(generation.module)}.values())

@@ -50,6 +50,7 @@ from hotglm.slot.source import Offer, Source, open_source
 from hotglm.slot.spare import Spares, TakenSpare
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.targets import find_targets
+from hotglm.slot.wrapped import verify_wrappers
 from hotglm.trust.policy import Trust
 from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
@@ -176,6 +177,7 @@ class _Stage:
         )
         request.owner.verify_code(code.module)
         offer = self._offer = code.offer
+        verify_wrappers(code.module, offer=offer, live=request.live.module)
         self._record.migration = offer.migration.lines if offer.migration is not None else ()
         live = None if code.is_new else request.live.contract
         code = replace(code, contract=promise_outputs(code.contract, request.policy, live=live))
