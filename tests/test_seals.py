@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -78,6 +79,47 @@ def test_what_moved_is_found(nbytes: int) -> None:
         moved[one : one + 8], moved[other : other + 8] = tensor[other : other + 8], tensor[one : one + 8]
         assert _copy(moved, taken)[1] is None
     assert _copy(tensor, taken)[1] == taken
+
+
+def _swap_rows(weight: torch.Tensor) -> None:
+    weight[[0, 3]] = weight[[3, 0]]
+
+
+@pytest.mark.parametrize("width", [4, 32, 509, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _swap_rows,
+        lambda weight: weight.copy_(weight.flip(0)),
+        lambda weight: weight.copy_(weight.roll(1, 0)),
+        lambda weight: weight[:, 3].neg_(),
+        lambda weight: weight[::2, 3].mul_(2),
+        lambda weight: weight[:2, 3].neg_(),
+        lambda weight: weight[:, 1::2].neg_(),
+    ],
+)
+def test_what_programs_do_to_weights_in_place_is_found(
+    width: int, dtype: torch.dtype, change: Callable[[torch.Tensor], object]
+) -> None:
+    """Rows that trade places and columns that change their signs, at the strides that weights have, are found."""
+    weight = torch.randn(1024, width).to(dtype)
+    taken = seal_tensor(weight, digest=None, is_finite=True)
+    assert seals.is_intact(weight, taken)
+    change(weight)
+    assert digest_tensor(weight) != taken.digest
+    assert not seals.is_intact(weight, taken)
+    assert _copy(weight, taken)[1] is None
+
+
+def test_a_tensor_that_begins_between_two_words_is_sealed_by_its_digest() -> None:
+    """A parameter that is a part of a flat one, at an odd place, is hashed and copied like any other."""
+    tensor = torch.randn(65).to(torch.bfloat16)[1:].view(8, 8)
+    taken = seal_tensor(tensor, digest=None, is_finite=False)
+    assert taken.digest == digest_tensor(tensor)
+    view = torch.empty(8, 8, dtype=torch.bfloat16)
+    assert copy_sealed(view, tensor, taken) is not None
+    assert torch.equal(view, tensor)
 
 
 def test_what_is_written_while_it_is_copied_is_found() -> None:

@@ -395,6 +395,19 @@ def test_the_confirmed_one_is_a_floor_again_when_all_was_forgotten(host: Host, t
     assert refuse(host, make_release(tmp_path / "b", new), ReplayedError) == "VERSION_ROLLBACK"
 
 
+def test_what_new_keys_have_signed_too_outlives_a_rotation(host: Host, tmp_path: Path) -> None:
+    """A release that is signed again and accepted again keeps the floor when its first keys are rotated away."""
+    old, new = make_key("release"), make_key("new")
+    path = make_release(tmp_path / "a", old, version="1.1.0")
+    host.offer(path)
+    host.put_roots(make_roots(old, new, roles={"release": make_role(old, new)}, version=2), make_key("root"))
+    sign_release(path, new)
+    host.offer(path)
+    host.put_roots(make_roots(new, roles={"release": make_role(new)}, version=3), make_key("root"))
+    assert refuse(host, make_release(tmp_path / "b", new), ReplayedError) == "VERSION_ROLLBACK"
+    host.offer(path)
+
+
 # -- time --------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import pickle
 import shutil
 import threading
@@ -129,6 +130,17 @@ def test_nothing_is_read_before_it_is_trusted(world: World, tmp_path: Path) -> N
             size = file.stat().st_size
             file.write_bytes(bytes(size))  # no header, no text
     world.refuse(path, hotglm.SignatureError, SignatureRefusedEvent)
+
+
+def test_digests_of_the_caller_do_not_stand_for_those_that_were_signed(world: World, tmp_path: Path) -> None:
+    """Bytes that were changed in a signed release are refused, though the caller's own digests are those of them."""
+    path, before = make_release(tmp_path / "a"), world.slot()
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"@")
+    digest = f"sha256:{hashlib.sha256(weights.read_bytes()[-8:]).hexdigest()}"
+    with pytest.raises(hotglm.DigestMismatchError):
+        world.slot.update(path, digests={"w": digest})
+    assert torch.equal(world.slot(), before)
 
 
 def test_what_was_verified_is_what_is_used(world: World, tmp_path: Path) -> None:

@@ -21,7 +21,15 @@ from torch import nn
 
 from hotglm.contract import Contract
 from hotglm.document import Report, parse_json
-from hotglm.errors import ArgumentError, Problem, SignatureError, TensorValueError, VersionSyntaxError, shorten_repr
+from hotglm.errors import (
+    ArgumentError,
+    DigestMismatchError,
+    Problem,
+    SignatureError,
+    TensorValueError,
+    VersionSyntaxError,
+    shorten_repr,
+)
 from hotglm.migration.plan import StatePlan
 from hotglm.model.compiled import Recipe, find_recipe, unwrap
 from hotglm.model.inspection import contract_of, find_state
@@ -36,7 +44,7 @@ from hotglm.trust.policy import Accepted, Trust
 from hotglm.version import Version
 from hotglm.weights.dtypes import LOADABLE_DTYPES, TORCH_DTYPES, dtype_name
 
-__all__ = ["Offer", "Source", "open_source"]
+__all__ = ["Offer", "Source", "open_source", "verify_digests"]
 
 Source = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module
 """A safetensors file, a shard index, a directory, a release, a mapping of names to tensors, or a module."""
@@ -311,3 +319,33 @@ def _offer_module(module: nn.Module, *, compiled: nn.Module) -> Offer:
         recipe=None if compiled is module else find_recipe(compiled),
         definition=definition,
     )
+
+
+def verify_digests(offer: Offer, digests: Mapping[str, str]) -> None:
+    """Refuse digests of the caller's that no bytes could have beside those that the source promises itself.
+
+    Raises:
+        DigestMismatchError: naming every tensor.
+    """
+    problems = [
+        Problem(code="DIGEST_MISMATCH", message="No such tensor in the source", tensor=name)
+        for name in digests
+        if name not in offer.contract.state
+    ]
+    problems += [
+        Problem(
+            code="DIGEST_MISMATCH",
+            message=f"Expected digest {digest}, got a source that promises {offer.digests[name]}",
+            tensor=name,
+            expected=digest,
+            found=offer.digests[name],
+        )
+        for name, digest in digests.items()
+        if offer.digests.get(name, digest) != digest
+    ]
+    if problems:
+        raise DigestMismatchError(
+            f"Expected digests of the tensors that {offer.label} has, got some of others.",
+            problems=problems,
+            remedy="pass the digests that belong to this source.",
+        )

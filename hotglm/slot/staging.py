@@ -22,12 +22,7 @@ import torch
 from torch import nn
 
 from hotglm.contract import Contract
-from hotglm.errors import (
-    ArgumentError,
-    DigestMismatchError,
-    Problem,
-    RefreshError,
-)
+from hotglm.errors import ArgumentError, Problem, RefreshError
 from hotglm.migration.registry import Migrations
 from hotglm.model.compilations import counting, forget_compiled
 from hotglm.model.compiled import adopt_compiled, compile_as, is_compiled
@@ -46,7 +41,7 @@ from hotglm.slot.code import Code, Question, choose_code
 from hotglm.slot.generation import Generation
 from hotglm.slot.loading import Loading
 from hotglm.slot.migrating import describe_gap, hides_values
-from hotglm.slot.source import Offer, Source, open_source
+from hotglm.slot.source import Offer, Source, open_source, verify_digests
 from hotglm.slot.spare import Spares, TakenSpare
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.targets import find_targets
@@ -164,7 +159,7 @@ class _Stage:
                 "Expected a version for a source that carries none, got none and digests are off.",
                 remedy="pass version=..., or leave StagePolicy.digest on, which names the version by its content.",
             )
-        _verify_digest_names(offer, request.digests)
+        verify_digests(offer, request.digests)
         code = choose_code(
             Question(
                 offer=offer,
@@ -386,15 +381,3 @@ def _adopt_mode(module: nn.Module, live: nn.Module) -> None:
     flags = {path: part.training for path, part in live.named_modules()}
     for path, part in module.named_modules():
         part.training = flags.get(path, live.training)
-
-
-def _verify_digest_names(offer: Offer, digests: Mapping[str, str]) -> None:
-    unknown = [name for name in digests if name not in offer.contract.state]
-    if unknown:
-        raise DigestMismatchError(
-            f"Expected digests of tensors that {offer.label} has, got some of others.",
-            problems=[
-                Problem(code="DIGEST_MISMATCH", message="No such tensor in the source", tensor=n) for n in unknown
-            ],
-            remedy="pass the digests that belong to this source.",
-        )

@@ -157,7 +157,8 @@ class Trust:
             if _is_confirmed(record, accepted.digest) and record.accepted:
                 return state  # older than the floor, most likely, and no reason to lower it
             if judge_replay(record, accepted.entry, max_jump=self.max_jump, file=self.state_path):
-                return state
+                signed = record.with_signers(accepted.key_ids)
+                return state if signed == record else self._stamp(state.with_record(signed))
             return self._stamp(state.with_record(record.with_accepted(accepted.entry)))
 
         self._change(settle)

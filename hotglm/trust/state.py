@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -95,6 +95,12 @@ class SlotRecord:
     def with_accepted(self, release: AcceptedRelease) -> SlotRecord:
         """Return it with one more, the newest."""
         return replace(self, accepted=(release, *self.accepted)[:MAX_ACCEPTED])
+
+    def with_signers(self, key_ids: Iterable[str]) -> SlotRecord:
+        """Return it with keys that have signed the newest one meanwhile, so that roots without the old ones keep it."""
+        newest, *others = self.accepted
+        signers = tuple(sorted({*newest.key_ids, *key_ids}))
+        return replace(self, accepted=(replace(newest, key_ids=signers), *others))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
