@@ -404,6 +404,7 @@ def test_what_new_keys_have_signed_too_outlives_a_rotation(host: Host, tmp_path:
     sign_release(path, new)
     host.offer(path)
     host.put_roots(make_roots(new, roles={"release": make_role(new)}, version=3), make_key("root"))
+    host.open()
     assert refuse(host, make_release(tmp_path / "b", new), ReplayedError) == "VERSION_ROLLBACK"
     host.offer(path)
 
