@@ -537,6 +537,27 @@ def test_passes_inside_passes_are_never_held_back(busy: tuple[hotglm.ModuleSlot,
     assert_unchanged(slot, PRIMES[1])
 
 
+def test_a_session_may_look_and_stage_while_a_commit_waits_for_it() -> None:
+    """C17: `verify_live` and `stage` inside a session do not wait for the commit that waits for the session."""
+    slot = make_oracle(swap=hotglm.InPlace(timeout_s=60))
+    update_to(slot, PRIMES[1])
+
+    def look() -> None:
+        with slot.acquire():
+            opened.set()
+            wait_until(lambda: is_closing(slot))
+            assert slot.verify_live().version == slot.version
+            slot.stage(weights(PRIMES[2]), version=name_version(PRIMES[2])).discard()
+
+    opened = threading.Event()
+    looking = Beside(look)
+    assert opened.wait(30)
+    rollback = Beside(slot.rollback)
+    looking.result()
+    rollback.result()
+    assert_unchanged(slot, PRIMES[0])
+
+
 class Talker(Oracle):
     """A model with methods of every kind."""
 
@@ -579,6 +600,58 @@ def test_methods_are_passes_from_their_start_to_their_end() -> None:
     update_to(slot, PRIMES[1])
     assert slot.once() == PRIMES[1]
     assert slot.once.__name__ == "once"
+
+
+def hide(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator as many are: a plain function around anything."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__dict__.pop("__wrapped__")
+    return call
+
+
+class Hider(Talker):
+    """A model whose methods do not show that they make generators and coroutines."""
+
+    generate = hide(Talker.generate)
+    answer = hide(Talker.answer)
+    stream = hide(Talker.stream)
+
+
+def test_generators_and_coroutines_behind_plain_functions_are_passes_to_their_end() -> None:
+    """P1: what a call returns unfinished is inside until it has run, or was dropped; what it gives is the same."""
+    slot = make_slot(Hider(PRIMES[0]), version="1.0.3", policy=LEAN, swap=hotglm.InPlace(timeout_s=0.02))
+
+    def assert_waits() -> None:
+        with pytest.raises(DrainTimeoutError):
+            update_to(slot, PRIMES[1])
+
+    steps = slot.generate()
+    run_in_thread(assert_waits)  # before the first step: the call has run already
+    assert next(steps) == PRIMES[0]
+    run_in_thread(assert_waits)
+    assert list(steps) == [PRIMES[0]] * 2
+    dropped = slot.generate()
+    del dropped
+
+    async def talk() -> tuple[tuple[int, int], list[int]]:
+        gate = asyncio.Event()
+        answer = asyncio.create_task(slot.answer(gate))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(assert_waits)
+        gate.set()
+        versions = []
+        async for version in slot.stream():
+            versions.append(version)
+            await asyncio.to_thread(assert_waits)
+        return await answer, versions
+
+    assert asyncio.run(talk()) == ((PRIMES[0], PRIMES[0]), [PRIMES[0]] * 2)
+    update_to(slot, PRIMES[1])
+    assert list(slot.generate()) == [PRIMES[1]] * 3
 
 
 def test_a_dropped_session_and_a_kept_error_hold_nothing_back() -> None:

@@ -182,8 +182,9 @@ class InPlaceAdmission(Admission):
     def wait_settled(self) -> None:
         """Wait until no commit is under way: what it uses is in nobody's list until it has ended."""
         self.gate.verify_not_committing()
-        with self._changing:
-            pass
+        if not self.gate.is_inside():  # where none can write, and one that waits would wait for this thread
+            with self._changing:
+                pass
 
     def count_writes(self) -> int:
         """Return a number that grows when an exchange begins, to an odd one, and when it ends."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Generator
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any
 
-from hotglm.slot.gate import Gate
+from hotglm.slot.gate import Gate, Ticket
 
 __all__ = ["Passage", "admit"]
 
@@ -31,7 +32,8 @@ class Passage:
         gate = self._gate
         ticket = gate.enter()
         try:
-            return self.__wrapped__(*args, **kwargs)
+            result = self.__wrapped__(*args, **kwargs)
+            return result if type(result) not in _UNFINISHED else _stay(gate, ticket, result)
         finally:
             del ticket  # not left to the end of the frame, which the traceback of an error keeps
             if gate.closing is not None:
@@ -44,6 +46,44 @@ class Passage:
     def __repr__(self) -> str:
         """Show what is called."""
         return f"<passage to {self.__wrapped__!r}>"
+
+
+_UNFINISHED = frozenset({GeneratorType, CoroutineType, AsyncGeneratorType})
+"""What a function may return that has not run yet: one that hides what it is, behind a decorator for example."""
+
+
+def _stay(gate: Gate, ticket: Ticket, result: Any) -> Any:
+    """Return `result`, with the pass that it came from not ended before it has run."""
+    if isinstance(result, AsyncGeneratorType):
+        return _stay_in_stream(gate, ticket, result)
+    if isinstance(result, CoroutineType):
+        return _stay_in_coroutine(gate, ticket, result)
+    return _stay_in_generator(gate, ticket, result)
+
+
+def _stay_in_generator(gate: Gate, ticket: Ticket, result: Any) -> Generator[Any, Any, Any]:
+    try:
+        return (yield from result)
+    finally:
+        del ticket
+        gate.leave()
+
+
+async def _stay_in_coroutine(gate: Gate, ticket: Ticket, result: Any) -> Any:
+    try:
+        return await result
+    finally:
+        del ticket
+        gate.leave()
+
+
+async def _stay_in_stream(gate: Gate, ticket: Ticket, result: Any) -> AsyncIterator[Any]:
+    try:
+        async for item in result:
+            yield item
+    finally:
+        del ticket
+        gate.leave()
 
 
 def admit(gate: Gate, function: Callable[..., Any], *, like: Callable[..., Any] | None = None) -> Callable[..., Any]:
