@@ -15,8 +15,11 @@ from torch import nn
 import hotglm
 from hotglm import Progress
 from hotglm.errors import DigestMismatchError, TensorValueError
+from hotglm.slot import live as live_module
+from hotglm.slot.generation import Generation
 from hotglm.testing.seams import hooked
 from hotglm.weights.digest import tensor_bytes
+from hotglm.weights.seals import Seal
 from support.delta_releases import write_full
 from support.swaps import same_bits, same_state
 from support.universal import Chain, World, make_state, universal
@@ -311,3 +314,21 @@ def test_a_copy_into_a_spare_that_was_refused_leaves_the_live_version(tmp_path: 
         file.write_bytes(bytes(data))
         with universal(world, DigestMismatchError, code="DIGEST_MISMATCH", version="1.0.91", tensor="layers.1.weight"):
             world.slot.update(torn)
+
+
+def test_what_is_known_of_what_is_live_may_grow_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proof that adds fingerprints beside a stage disturbs neither."""
+    slot = make_slot()
+    slot.update(write_full(tmp_path, 1, state(1, 1, 1)))
+    slot.update(write_full(tmp_path, 2, state(1, 1, 2)))
+    live, first = slot.live, live_module._first
+
+    def add(generation: Generation, name: str) -> str:
+        generation.seals[f"{name}{len(generation.seals)}"] = Seal(digest="")
+        return first(generation, name)
+
+    assert live.seals
+    monkeypatch.setattr(live_module, "_first", add)
+    assert live_module.find_kept(live, live.contract).keys() == state(1, 1, 2).keys()

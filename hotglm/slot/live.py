@@ -69,7 +69,8 @@ def plan_sealing(live: Generation, names: Iterable[str]) -> list[Callable[[], No
 
 def _find_seals(live: Generation) -> dict[str, Seal]:
     """Return what is known of each tensor, by the first of its names."""
-    found = {_first(live, name): seal for name, seal in live.seals.items()}
+    known = live.seals.copy()  # at once: others add to it meanwhile, a proof of what is live beside a stage
+    found = {_first(live, name): seal for name, seal in known.items()}
     for name, digest in live.digests.items():
         first = _first(live, name)
         if first not in found or found[first].digest != digest:
