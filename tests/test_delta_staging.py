@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from hotglm.weights import loader, zstd
 from hotglm.weights.delta_codec import SPARSE, XOR
 from hotglm.weights.digest import tensor_bytes
 from hotglm.weights.dtypes import LOADABLE_DTYPES
+from hotglm.weights.seals import Seal, seal_tensor
 from support.delta_releases import write_delta, write_full
 from support.swaps import same_bits
 from support.universal import World, make_state, universal
@@ -604,3 +606,23 @@ def test_a_rollback_during_the_load_tears_nothing(tmp_path: Path) -> None:
     assert same_bits(dict(staged.module.state_dict()), pair.new)
     with pytest.raises(HotglmError):
         pair.slot.commit(staged)
+
+
+def test_what_is_hashed_while_a_commit_in_place_writes_it_is_no_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P5: a digest of one version and a fingerprint of another are not kept together, whatever was written between."""
+    pair = Pair(tmp_path, codec="whole")
+    slot = make_slot(draw_tensors(9), swap=hotglm.InPlace())
+    slot.update(pair.old, version="1.0.1")
+    slot.rollback(1)
+
+    def seal_between(tensor: torch.Tensor, **options: Any) -> Seal:
+        slot.rollback(2)
+        digest = seal_tensor(tensor, **options).digest
+        slot.rollback(1)
+        return replace(seal_tensor(tensor, **options), digest=digest)
+
+    monkeypatch.setattr("hotglm.slot.live.seal_tensor", seal_between)
+    slot.update(pair.delta, policy=hotglm.StagePolicy(num_threads=1))
+    assert same_bits(state_of(slot), pair.new)

@@ -47,11 +47,19 @@ def identify(kept: Mapping[str, Kept]) -> dict[str, TensorIdentity]:
     }
 
 
-def plan_sealing(live: Generation, names: Iterable[str]) -> list[Callable[[], None]]:
+def plan_sealing(
+    live: Generation, names: Iterable[str], *, count_writes: Callable[[], int] = lambda: 0
+) -> list[Callable[[], None]]:
     """Return tasks that hash those live tensors among `names` whose digests nobody has taken yet, each once.
 
     That is what it costs to start with a delta on a module that came into the slot by itself: as much as a verified
     load without its reads, once.
+
+    Args:
+        live: the generation that serves.
+        names: of tensors.
+        count_writes: grows when live weights are begun to be written in place, to an odd number, and when that ends.
+            Digest and fingerprint of a tensor that was written in between would not be of the same bytes.
     """
     wanted, seals = set(names), _find_seals(live)
     tensors = {
@@ -62,7 +70,10 @@ def plan_sealing(live: Generation, names: Iterable[str]) -> list[Callable[[], No
     }
 
     def seal(first: str) -> None:
-        live.seals[first] = seal_tensor(tensors[first], digest=None, is_finite=False)
+        before = count_writes()
+        found = seal_tensor(tensors[first], digest=None, is_finite=False)
+        if before % 2 == 0 and count_writes() == before:
+            live.seals[first] = found
 
     return [functools.partial(seal, first) for first in tensors]
 

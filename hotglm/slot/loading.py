@@ -47,6 +47,7 @@ class Loading:
         policy: StagePolicy,
         num_threads: int,
         cancellation: Cancellation,
+        count_writes: Callable[[], int],
     ) -> None:
         """Take what is to be loaded.
 
@@ -57,8 +58,10 @@ class Loading:
             policy: of the stage.
             num_threads: that read, copy, decode and hash.
             cancellation: of the stage.
+            count_writes: see `plan_sealing`.
         """
         self._offer = offer
+        self._count_writes = count_writes
         self._live = live
         self._digests = digests
         self._policy = policy
@@ -154,7 +157,7 @@ class Loading:
 
     def _seal_live(self, names: Iterable[str]) -> None:
         run_tasks(
-            plan_sealing(self._live, names),
+            plan_sealing(self._live, names, count_writes=self._count_writes),
             num_threads=self._num_threads,
             nice=self._policy.nice,
             cancellation=self._cancellation,

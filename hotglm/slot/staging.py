@@ -254,6 +254,7 @@ class _Stage:
             policy=request.policy,
             num_threads=self._num_threads(),
             cancellation=request.cancellation,
+            count_writes=request.owner.count_writes,
         )
         loading.plan(code, stack)
         return loading
