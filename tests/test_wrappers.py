@@ -285,3 +285,27 @@ def test_models_quantised_by_torchao_are_swapped(config: str, policy: str) -> No
     if policy == "flip":
         slot.update(make_quantised(3), version="1.0.3")
         assert same_bits(slot(X), make_quantised(3)(X))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_swaps_of_compiled_torchao_models_compile_nothing(backend: str, policy: str) -> None:
+    """Its guards hold too, with generated code as well."""
+    torchao: Any = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+
+    def make_quantised(seed: int) -> Any:
+        model = make_plain(seed)
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        return model
+
+    torch._dynamo.reset()
+    slot = make_slot(torch.compile(make_quantised(1), backend=backend), swap=POLICIES[policy]())
+    with torch.no_grad():
+        slot(X)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for seed in range(2, 22):
+                receipt = slot.update(make_quantised(seed).state_dict(), version=f"1.0.{seed}")
+                assert torch.allclose(slot(X), make_quantised(seed)(X), atol=1e-5)
+                assert receipt.recompiles == 0
