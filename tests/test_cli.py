@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import hotglm
-from hotglm import cli
 from hotglm.breakage import DtypeChanged
 from hotglm.commands.console import show_size
 from hotglm.errors import MissingExtraError
+from support.command_line import read_json, run
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...], int]]
 
@@ -46,15 +46,6 @@ def old(tmp_path: Path) -> Path:
     return write(
         tmp_path / "old.safetensors", ("a.weight", "F32", (3, 4)), ("b", "BF16", ()), name="ranker", version="1.2.0"
     )
-
-
-def run(*words: object) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def read_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    document: dict[str, object] = json.loads(capsys.readouterr().out)
-    return document
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------------

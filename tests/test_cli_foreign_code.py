@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import hotglm
-from hotglm import cli
 from hotglm.compatibility import Released
 from hotglm.config_spec import ConfigSpec
 from hotglm.contract import Contract
 from hotglm.version import Version
+from support.command_line import run
 from support.contracts import contract, tensor
 
 MODULE = """
@@ -59,10 +59,6 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("hotglm.model.registry._definitions", {})
     return tmp_path
-
-
-def run(*words: object) -> int:
-    return cli.main([*map(str, words)])
 
 
 def name_of(directory: Path) -> str:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
-import random
-import signal
 import sys
 import types
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from typing import Any
 import pytest
 
 import hotglm
-from hotglm.errors import ThreadStartError
+from support.interrupts import interrupt_rounds
 from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 
 
@@ -178,8 +176,6 @@ def test_an_interrupt_at_every_point_leaves_one_whole_version(operation: str) ->
 def test_a_keyboard_interrupt_at_any_time_leaves_one_whole_version(num_rounds: int) -> None:
     """F19: Ctrl-C between any two bytecodes of an update, a rollback or a session; what serves is whole."""
     slot = make_slot()
-    chance = random.Random(19)
-    num_interrupted = 0
 
     def work(round_: int) -> None:
         prime = PRIMES[5 + round_ % 30]
@@ -190,25 +186,13 @@ def test_a_keyboard_interrupt_at_any_time_leaves_one_whole_version(num_rounds: i
         slot.rollback(to=name_version(prime))
         slot.confirm()
 
-    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for round_ in range(num_rounds):
-            try:
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 6e-3))
-                    work(round_)
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-            except (KeyboardInterrupt, ThreadStartError):  # `Condition.wait` may turn the one into the other
-                num_interrupted += 1
-            assert read_version(slot(INPUT)) in PRIMES
-            assert str(slot.version) == name_version(read_version(slot(INPUT)))
-            if round_ % 20 == 0:
-                assert_works(slot)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert num_interrupted > num_rounds // 10
+    def verify(round_: int) -> None:
+        assert read_version(slot(INPUT)) in PRIMES
+        assert str(slot.version) == name_version(read_version(slot(INPUT)))
+        if round_ % 20 == 0:
+            assert_works(slot)
+
+    interrupt_rounds(work, verify, num_rounds=num_rounds, longest_s=6e-3)
     assert_works(slot)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,18 +11,13 @@ from torch import nn
 
 import hotglm
 from hotglm.errors import StaleStateError, UnswappableError
+from support.compiled_fixtures import fresh_dynamo
 from support.compiled_models import WIDTH, Model, draw, make
 from support.swaps import same_bits
 
+__all__ = ["fresh_dynamo"]  # a fixture for every test here
+
 X = torch.linspace(-1, 1, 4 * WIDTH).reshape(4, WIDTH)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 class Frozen:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,15 @@ from torch import nn
 import hotglm
 from hotglm.errors import IncompatibleError, SlotStateError, UncopyableError, UnswappableError
 from hotglm.model import compiled
+from support.compiled_fixtures import fresh_dynamo
 from support.compiled_models import KINDS, NUM_SWAPS, WIDTH, Model, draw, make, make_cold
 from support.swaps import same_bits
+
+__all__ = ["fresh_dynamo"]  # a fixture for every test here
 
 X = torch.linspace(-1, 1, 4 * WIDTH).reshape(4, WIDTH)
 TESTS = Path(__file__).resolve().parent
 NAMES = [*(f"eager: {kind}" for kind in KINDS), "inductor: nested", "inductor: dynamic"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hotglm import cli
 from hotglm.release.store_opening import open_store
+from support.command_line import read_json, run
 from support.deltas import State, pack_state, read_tree, write_state
 
 FIRST: State = {"w": ("F32", (500,), random.Random(1).randbytes(2000)), "b": ("F32", (), b"abcd")}
@@ -25,17 +23,6 @@ def releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pack_state(tmp_path, 2, SECOND)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*words: str) -> int:
-    """Run a command."""
-    return cli.main(list(words))
-
-
-def read_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Return the one document that was printed."""
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
 
 
 def test_a_delta_is_made_and_materialised(releases: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import hotglm
-from hotglm import cli
 from hotglm.compatibility import Released
 from hotglm.version import Version
+from support.command_line import read_json, run
 from support.contracts import contract, named, output, recording, tensor
 
 MODELS = '''
@@ -77,15 +77,6 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     yield tmp_path
     sys.modules.pop("diffed_models", None)
-
-
-def run(*words: object) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def read_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    document: dict[str, object] = json.loads(capsys.readouterr().out)
-    return document
 
 
 def test_two_classes_are_compared_as_contracts(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

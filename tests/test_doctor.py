@@ -12,23 +12,19 @@ import torch
 from torch import nn
 
 import hotglm
-from hotglm import cli
 from hotglm.environment import Environment
 from hotglm.environment_comparison import EnvironmentFinding, find_environment_differences
 from hotglm.errors import ArgumentError
 from hotglm.release.environment import CREATION_KEY, format_creation, read_creation, read_environment
 from hotglm.release.files import open_weights
 from support.bytes_maker import entry, make_file
+from support.command_line import run
 
 HERE = Environment(
     python="3.11.9",
     packages={"torch": "2.13.0+cpu", "numpy": "2.4.6"},
     markers={"sys_platform": "linux", "platform_machine": "x86_64"},
 )
-
-
-def run(*words: object) -> int:
-    return cli.main([str(word) for word in words])
 
 
 def find(made: Environment | None, *requires: str, here: Environment = HERE) -> dict[str, tuple[str, str]]:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from hotglm import seam
 from hotglm.weights import exchange as exchange_module
 from hotglm.weights.exchange import Exchange, Pair, is_dense
+from support.exchanges import FailAt
 from support.swaps import same_bits
 
 PIECE_NBYTES = 4096
@@ -98,19 +99,6 @@ def test_many_tensors_by_several_threads(num_threads: int) -> None:
     assert exchange.buffer_nbytes <= num_threads * PIECE_NBYTES
     exchange.undo()
     assert same_bits(_values(pairs), before)
-
-
-class FailAt(seam.Seam):
-    """Fails before the nth copy; `writes_some` makes the copy before it count as not ended, as an interrupt may."""
-
-    def __init__(self, nth: int) -> None:
-        self.left = nth
-
-    def reach(self, place: str) -> None:
-        if place == "exchange.copy":
-            self.left -= 1
-            if self.left == 0:
-                raise MemoryError("planted")
 
 
 @pytest.mark.parametrize("uncounted", [False, True], ids=["before a copy", "after one that was not counted"])

@@ -28,6 +28,7 @@ from hotglm.errors import (
     StaleStateError,
     UnswappableError,
 )
+from support.exchanges import FailAt
 from support.swaps import Model, build, make_class, same_bits, same_state
 from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 
@@ -674,19 +675,6 @@ def test_a_dropped_session_and_a_kept_error_hold_nothing_back() -> None:
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
-
-
-class FailAt(seam.Seam):
-    """Fails before the nth copy of an exchange."""
-
-    def __init__(self, nth: int) -> None:
-        self.left = nth
-
-    def reach(self, place: str) -> None:
-        if place == "exchange.copy":
-            self.left -= 1
-            if self.left == 0:
-                raise MemoryError("planted")
 
 
 def test_a_copy_that_fails_is_undone_and_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,6 @@ The tools are those of tests/test_commit_faults.py: an exception at each point a
 from __future__ import annotations
 
 import os
-import random
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import hotglm
 from hotglm import seam
 from hotglm.errors import HotglmError, StageFailedError
 from hotglm.slot.in_place import InPlaceAdmission
+from support.interrupts import interrupt_rounds
 from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 from test_commit_faults import Interrupt, InterruptAt, assert_serves, count_points
 
@@ -159,8 +158,6 @@ def test_a_failure_at_every_point_of_the_commit(operation: str, stride: int) -> 
 def test_a_keyboard_interrupt_at_any_time(num_rounds: int) -> None:
     """F19: Ctrl-C at any time of an update, a rollback, a session or a pass; what serves is whole."""
     slot = make_slot()
-    chance = random.Random(19)
-    num_interrupted = 0
 
     def work(round_: int) -> None:
         with slot.acquire() as generation:
@@ -169,24 +166,12 @@ def test_a_keyboard_interrupt_at_any_time(num_rounds: int) -> None:
         assert read_version(slot(INPUT)) in PRIMES
         slot.rollback()
 
-    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for round_ in range(num_rounds):
-            try:
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 2e-2))
-                    work(round_)
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-            except (KeyboardInterrupt, hotglm.ThreadStartError):
-                num_interrupted += 1
-            assert str(slot.version) == name_version(read_version(slot(INPUT)))
-            if round_ % 25 == 0:
-                assert_works(slot)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert num_interrupted > num_rounds // 10
+    def verify(round_: int) -> None:
+        assert str(slot.version) == name_version(read_version(slot(INPUT)))
+        if round_ % 25 == 0:
+            assert_works(slot)
+
+    interrupt_rounds(work, verify, num_rounds=num_rounds, longest_s=2e-2)
     assert_works(slot)
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import doctest
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hotglm import cli
 from hotglm.release.directory import open_release
 from hotglm.release.store_opening import open_store
+from support.command_line import read_json, run
 from support.releases import write_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,15 +26,6 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_source(tmp_path / "ranker-a")
     write_source(tmp_path / "ranker-b", seed=1)
     return tmp_path
-
-
-def run(*words: str) -> int:
-    return cli.main(list(words))
-
-
-def read_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
 
 
 def find_examples() -> list[tuple[str, str]]:

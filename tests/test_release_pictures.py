@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hotglm
-from hotglm import cli
 from hotglm.commands.history import Entry, History, plan_rows
 from hotglm.commands.log import draw_graph
 from hotglm.commands.log_page import make_log_page
@@ -30,6 +29,7 @@ from hotglm.release.store import Store
 from hotglm.release.store_opening import open_store
 from hotglm.release.store_reading import StoredRelease, release_name
 from hotglm.version import Version
+from support.command_line import run
 from support.deltas import State, write_state
 
 FULL: State = {
@@ -58,10 +58,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     os.rename(tmp_path / "delta", made.join("releases", release_name(2, "2.0")))
     made.publish(write_state(tmp_path / "3", NEXT, note="3"), name="ranker", version="3.0")
     return made
-
-
-def run(*words: str) -> int:
-    return cli.main(list(words))
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hotglm import cli
 from hotglm.release.store import Store
 from hotglm.release.store_opening import open_store
+from support.command_line import read_json, run
 from support.releases import fill, versions, write_source
 
 
@@ -24,15 +23,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     made = open_store("models", creates=True)
     fill(made, tmp_path / "sources", 4)
     return made
-
-
-def run(*words: str) -> int:
-    return cli.main(list(words))
-
-
-def read_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
 
 
 # -- label -------------------------------------------------------------------------------------------------------------

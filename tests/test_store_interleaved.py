@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.interleaving import PAIRS, PLANTS, interleave, plant
+from support.sweeping import directory
+
+__all__ = ["directory"]  # a fixture for every test here
 
 LEAST_CALLS = 25
 STEPS = {"publish one version": 4, "publish two versions": 4, "publish beside a collector": 4}
 """The short form: every how many calls of the first change the second is made; of the others, every second one."""
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """Yield a directory in memory where there is one: what is tried is order, and flushing a disk takes minutes."""
-    where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=where) as path:
-        yield Path(path)
 
 
 @pytest.mark.parametrize("name", PAIRS)

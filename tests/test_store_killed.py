@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from support.sweeping import directory, run_program, sweep
+
+__all__ = ["directory"]  # a fixture for every test here
 
 ROOT = Path(__file__).resolve().parent.parent
 HOWS = ("kill", "torn", "EIO", "ENOSPC", "EMFILE")
@@ -29,29 +28,6 @@ LEAST_CALLS = {
     "pack-in-place": 60,
 }
 """About how many calls each change makes, a thousand in all: a sweep that ends earlier has not seen all of them."""
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """Yield a directory in memory where there is one: what is swept is order, and flushing a disk costs minutes."""
-    memory = "/dev/shm"
-    where = memory if os.path.isdir(memory) and os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=where) as path:
-        yield Path(path)
-
-
-def run_program(*words: object) -> subprocess.CompletedProcess[str]:
-    """Run a program of `support` in a process of its own."""
-    command = [sys.executable, "-m", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3600)
-
-
-def sweep(name: str, how: str, step: int, directory: Path) -> int:
-    """Run one sweep and return the number of calls it saw."""
-    done = run_program("support.kill_sweep", name, how, step, directory)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return int(done.stdout)
 
 
 @pytest.mark.parametrize("name", LEAST_CALLS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,14 +17,9 @@ from hotglm.release.store_opening import open_store
 from support.kill_sweep import verify_store
 from support.power_loss import Recorder, cuts, record
 from support.releases import write_source
+from support.sweeping import directory
 
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """Yield a directory in memory where there is one."""
-    where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=where) as path:
-        yield Path(path)
+__all__ = ["directory"]  # a fixture for every test here
 
 
 def make_store(directory: Path) -> Store:

@@ -12,19 +12,15 @@ from typing import Any
 
 import pytest
 
-from hotglm import cli
 from hotglm.commands.verify import OUTCOMES, find_outcome
 from hotglm.errors import HotglmError, SourceReadError, TrustError, TrustStateError
 from hotglm.trust.keys import write_public_key
 from hotglm.trust.policy import read_clock
 from support.bytes_maker import layout, make_file
+from support.command_line import run
 from support.trusted import Host, make_key, make_release, pack_tiny
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "trust.md"
-
-
-def run(*words: object) -> int:
-    return cli.main([str(word) for word in words])
 
 
 def find_examples() -> list[tuple[str, str]]:

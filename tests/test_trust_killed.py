@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from test_store_killed import directory, run_program, sweep
+from support.sweeping import directory, run_program, sweep
 
 __all__ = ["directory"]
 

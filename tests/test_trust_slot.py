@@ -31,20 +31,9 @@ from hotglm.events import (
 )
 from hotglm.release.packing import ReleaseDetails
 from hotglm.trust import signing
-from support.trusted import START, Clock, Host, make_key, make_release, make_role, make_roots, pack_tiny
+from support.trusted import START, Clock, Host, Tiny, make_key, make_release, make_role, make_roots, pack_tiny
 
 PASSPHRASE = "between us"
-
-
-class Tiny(nn.Module):
-    """One parameter of two numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(2))
-
-    def forward(self) -> torch.Tensor:
-        return self.w + 0
 
 
 class World:

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import hotglm
 from hotglm.errors import TrustStateError
@@ -19,7 +17,7 @@ from support.watched import Watched, make_slot, pack_shelf, write_weights
 
 pytest.importorskip("cryptography")
 
-from support.trusted import Host, make_key, pack_tiny
+from support.trusted import Host, Tiny, make_key, pack_tiny
 
 # -- deltas ------------------------------------------------------------------------------------------------------------
 
@@ -55,15 +53,6 @@ def test_a_store_of_deltas_is_followed(tmp_path: Path) -> None:
 
 
 # -- trust -------------------------------------------------------------------------------------------------------------
-
-
-class Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(2))
-
-    def forward(self) -> torch.Tensor:
-        return self.w + 0
 
 
 def trusting(directory: Path) -> tuple[Host, hotglm.ModuleSlot]:

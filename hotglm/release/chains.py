@@ -15,13 +15,12 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Self
 
 from hotglm.delta_fields import BaseRelease
 from hotglm.delta_plan import MAX_CHAIN, ChainPlan, ChainPlanner, Link, TensorIdentity, missing_base
 from hotglm.errors import SourceError, SourceReadError
 from hotglm.progress import Progress
+from hotglm.release.closing import Closing
 from hotglm.release.directory import Release, is_release, open_release
 from hotglm.release.reading import list_directory, read_status
 from hotglm.release.store_reading import STORE_MARKER, release_name
@@ -32,7 +31,7 @@ _MAX_SIBLINGS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Chain:
+class Chain(Closing):
     """A release with the releases that it builds on, open; a context manager that closes the latter.
 
     Attributes:
@@ -47,16 +46,6 @@ class Chain:
     def close(self) -> None:
         """Give up the leases of the bases. Again does nothing."""
         self._leases.close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
 
 def open_chain(

@@ -20,8 +20,6 @@ import stat
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 from hotglm.errors import (
     ArgumentError,
@@ -37,6 +35,7 @@ from hotglm.header import DEFAULT_LIMITS, Limits
 from hotglm.manifest import MAX_MANIFEST_NBYTES, digest_manifest, digest_result, parse_manifest
 from hotglm.manifest_fields import MANIFEST_NAME, Manifest
 from hotglm.progress import Progress
+from hotglm.release.closing import Closing
 from hotglm.release.files import WeightFile, WeightFiles, open_weights, parse_config
 from hotglm.release.hashing import FilePieces, HashMeter, cut_weights, cut_whole, hash_pieces
 from hotglm.release.locks import lock_directory
@@ -60,7 +59,7 @@ _CONFIG = "config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Release:
+class Release(Closing):
     """An open release; a context manager that closes it. Any thread may call any method.
 
     Attributes:
@@ -211,16 +210,6 @@ class Release:
     def close(self) -> None:
         """Give its lease up. Again does nothing."""
         self._lease.close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def _open_files(self, stack: ExitStack) -> tuple[WeightFile, ...]:
         if self.manifest.weights is None:

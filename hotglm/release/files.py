@@ -16,8 +16,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 from hotglm.document import Report, parse_json, verify_utf8
 from hotglm.errors import (
@@ -39,6 +38,7 @@ from hotglm.header import (
     parse_header,
     parse_header_length,
 )
+from hotglm.release.closing import Closing
 from hotglm.release.index import index_report, parse_index, report_mismatches
 from hotglm.release.metadata import merge_metadata
 from hotglm.release.reading import (
@@ -110,7 +110,7 @@ class TensorLocation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class WeightFiles:
+class WeightFiles(Closing):
     """Open weights, of one file or of many shards; a context manager that closes them.
 
     Any thread may call any method; who closes it makes sure that nobody reads any more.
@@ -156,16 +156,6 @@ class WeightFiles:
     def close(self) -> None:
         """Close all files. Again does nothing."""
         self._descriptors.close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close all files."""
-        self.close()
 
 
 def open_weights(

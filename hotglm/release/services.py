@@ -18,11 +18,10 @@ import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Self
 
 from hotglm import seam
 from hotglm.errors import HotglmError, Problem, StoreConflictError, shorten_repr
+from hotglm.release.closing import Closing
 from hotglm.release.directory import Release
 from hotglm.release.ledger import Refusal, ReleaseId, ServiceState, Trial, now_text, read_record, write_ledger
 from hotglm.release.locks import lock_holder, try_exclusively
@@ -38,7 +37,7 @@ _MAX_REASON = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RunningTrial:
+class RunningTrial(Closing):
     """A trial of this process. It ends by `confirm`, `fail` or `withdraw`; or with the process: then it is refused.
 
     As a context manager it is given up at the end of the body, unless it has ended before.
@@ -107,16 +106,6 @@ class RunningTrial:
     def close(self) -> None:
         """Give the trial up, as if the process had died on it. Again does nothing."""
         self._lock.close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give it up, unless it has ended."""
-        self.close()
 
     def _others(self, state: ServiceState) -> tuple[Trial, ...]:
         return tuple(trial for trial in state.trials if trial.holder != self._holder)

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from hotglm.release.directory import open_release
 from hotglm.release.packing import ReleaseDetails, pack
 from hotglm.roots import Role, Roots
@@ -17,9 +20,20 @@ from hotglm.trust.policy import Accepted, Trust
 from hotglm.trust.signing import sign_release, write_roots
 from support.bytes_maker import layout, make_file
 
-__all__ = ["START", "Clock", "Host", "make_key", "make_release", "make_role", "make_roots", "pack_tiny"]
+__all__ = ["START", "Clock", "Host", "Tiny", "make_key", "make_release", "make_role", "make_roots", "pack_tiny"]
 
 START = datetime(2026, 11, 20, 12, tzinfo=UTC)
+
+
+class Tiny(nn.Module):
+    """One parameter of two numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def forward(self) -> torch.Tensor:
+        return self.w + 0
 
 
 class Clock:
