@@ -28,6 +28,7 @@ from hotglm.errors import (
     StaleStateError,
     UnswappableError,
 )
+from hotglm.slot.passage import Passage
 from support.exchanges import FailAt
 from support.swaps import Model, build, make_class, same_bits, same_state
 from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
@@ -601,6 +602,17 @@ def test_methods_are_passes_from_their_start_to_their_end() -> None:
     update_to(slot, PRIMES[1])
     assert slot.once() == PRIMES[1]
     assert slot.once.__name__ == "once"
+
+
+def test_compiled_and_partial_methods_are_passes() -> None:
+    """P1: `self.step = torch.compile(self.step)` and a partial method run the module, so each call is a pass."""
+    module = Talker(PRIMES[0])
+    module.step = torch.compile(module.once, backend="eager")  # type: ignore[assignment]  # nn.Module takes any attribute
+    module.part = functools.partial(Talker.once, module)  # type: ignore[assignment]
+    slot = make_slot(module, version="1.0.3", policy=LEAN, swap=hotglm.InPlace())
+    for call in (slot.step, slot.part):
+        assert isinstance(call, Passage)
+        assert call() == PRIMES[0]
 
 
 def hide(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -37,7 +36,7 @@ from hotglm.problem import HotglmError, describe_exception
 from hotglm.slot.admission import Admission, Expected, Publication, choose_call, find_target, verify_expected
 from hotglm.slot.gate import Closing, Gate, Ticket
 from hotglm.slot.generation import Generation
-from hotglm.slot.passage import admit
+from hotglm.slot.passage import admit, runs_module
 from hotglm.slot.policies import InPlace, InPlaceRecord
 from hotglm.weights import places
 from hotglm.weights.digest import digest_tensor
@@ -140,8 +139,7 @@ class InPlaceAdmission(Admission):
 
     def admit(self, value: Any) -> Any:
         """Return a method of the live module with a pass around it, and anything else as it is."""
-        is_method = isinstance(value, MethodType) and isinstance(value.__self__, nn.Module)
-        return admit(self.gate, value) if is_method else value
+        return admit(self.gate, value) if runs_module(value) else value
 
     def refresh_call(self) -> None:
         """Choose the call of the live module anew, after it was compiled in place."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Generator
-from types import AsyncGeneratorType, CoroutineType, GeneratorType
+from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType, MethodType
 from typing import Any
+
+from torch import nn
 
 from hotglm.slot.gate import Gate, Ticket
 
-__all__ = ["Passage", "admit"]
+__all__ = ["Passage", "admit", "runs_module"]
 
 
 class Passage:
@@ -84,6 +86,15 @@ async def _stay_in_stream(gate: Gate, ticket: Ticket, result: Any) -> AsyncItera
     finally:
         del ticket
         gate.leave()
+
+
+def runs_module(value: object) -> bool:
+    """Whether a call of what a module has as an attribute runs the module: a method, compiled or partial ones too."""
+    if isinstance(value, MethodType):
+        return isinstance(value.__self__, nn.Module)
+    if isinstance(value, functools.partial):
+        return True
+    return isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable")
 
 
 def admit(gate: Gate, function: Callable[..., Any], *, like: Callable[..., Any] | None = None) -> Callable[..., Any]:
