@@ -119,8 +119,8 @@ def test_fingerprints_are_kept_by_what_was_copied(tmp_path: Path) -> None:
         "layers.2.weight",
         "layers.2.bias",
     }
-    slot.update(tmp_path / "000000002-1.0.2")
-    assert {name for name, seal in slot.live.seals.items() if seal.fingerprint is not None} == set(state(1, 2, 1))
+    slot.update(write_full(tmp_path, 3, state(1, 2, 3)))
+    assert {name for name, seal in slot.live.seals.items() if seal.fingerprint is not None} == set(state(1, 2, 3))
     assert all(seal.digest == slot.live.digests[name] for name, seal in slot.live.seals.items())
 
 
@@ -141,20 +141,51 @@ def test_what_the_spare_still_has_is_left_there(is_poked: bool, tmp_path: Path) 
 
 
 def test_nothing_that_is_known_is_hashed_or_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release of what is live reads no byte of its weights, and hashes none."""
+    """Of a release of which one tensor is new, that one is read and hashed, and no other."""
     slot = make_slot()
     for number in (1, 2):
-        slot.update(write_full(tmp_path, number, state(1, 1, 1)))
-    write_full(tmp_path, 3, state(1, 1, 1))
-    monkeypatch.setattr("hotglm.weights.proof.digest_tensor", None)
+        slot.update(write_full(tmp_path, number, state(1, 1, number)))
+    new = {**state(1, 1, 2), "layers.2.bias": torch.ones(8)}
+    write_full(tmp_path, 3, new)
     monkeypatch.setattr("hotglm.weights.seals.digest_tensor", None)
+    num_reads = 0
 
-    def refuse(kind: str, *_: object) -> None:
-        assert kind != "preadv"
+    def count(kind: str, *_: object) -> None:
+        nonlocal num_reads
+        num_reads += kind == "preadv"
 
-    with hooked(refuse):
+    with hooked(count):
         receipt = slot.update(tmp_path / "000000003-1.0.3")
-    assert receipt.origins.copied_nbytes == NBYTES
+    assert num_reads == 1
+    assert (receipt.origins.read_nbytes, receipt.origins.copied_nbytes) == (32, NBYTES - 32)
+
+
+@pytest.mark.parametrize("where", ["live", "spare"])
+@pytest.mark.parametrize("kind", ["release", "file"])
+def test_what_brings_nothing_new_is_read_whole(kind: str, where: str, tmp_path: Path) -> None:
+    """A source that promises what is in memory already is read and hashed, so that damage in it is found."""
+    slot = make_slot(memory=hotglm.MemoryPolicy(small_nbytes=0))
+    paths = []
+    for number in (1, 2):
+        release = write_full(tmp_path, number, state(number, number, number))
+        file = tmp_path / f"{number}.safetensors"
+        hotglm.save_weights(state(number, number, number), file, version=f"1.0.{number}")
+        paths.append((release, next(release.glob("*.safetensors"))) if kind == "release" else (file, file))
+        slot.update(release)
+    if where == "spare":
+        slot.rollback()
+    path, file = paths[1]
+    receipt = slot.update(path)
+    assert receipt.origins.read_nbytes == NBYTES
+    if where == "spare":
+        slot.rollback()
+    content = file.read_bytes()
+    file.chmod(0o600)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DigestMismatchError):
+        slot.update(path)
+    number = 2 if where == "live" else 1
+    assert same_state(slot.live.module, cold(state(number, number, number)))
 
 
 def test_digests_of_the_caller_are_held_against_the_source(tmp_path: Path) -> None:
@@ -222,11 +253,11 @@ def test_ties_are_copied_once_under_whatever_name(tmp_path: Path) -> None:
     rest = {"scale": weight.sum(0), "total": total}
     slot.update(write_full(tmp_path, 1, {"embed.weight": weight, **rest}))
     both = {"embed.weight": weight, "head.weight": weight.clone()}
-    second = slot.update(write_full(tmp_path, 2, {"head.weight": weight, **rest}))
+    second = slot.update(write_full(tmp_path, 2, {"head.weight": weight, **rest, "total": total + 1}))
     third = slot.update(write_full(tmp_path, 3, {**both, **rest}))
     for receipt in (second, third):
-        assert receipt.origins.read_nbytes == 0
-        assert receipt.origins.copied_nbytes == (6 * 4 + 4 + 4) * 4
+        assert receipt.origins.read_nbytes == 4 * 4
+        assert receipt.origins.copied_nbytes == (6 * 4 + 4) * 4
     assert set(third.digests) == {*both, *rest}
     module: Any = slot.live.module
     assert module.head.weight is module.embed.weight
@@ -256,6 +287,7 @@ def test_a_buffer_that_passes_write_is_read(tmp_path: Path) -> None:
     slot.update(write_full(tmp_path, 1, tensors))
     with torch.no_grad():
         slot.live.module.get_buffer("total").add_(3)
+    tensors |= {"embed.weight": weight + 1, "scale": (weight + 1).sum(0)}
     receipt = slot.update(write_full(tmp_path, 2, tensors))
     assert receipt.origins.drifted == ("total",)
     assert same_bits(slot.live.module.state_dict()["total"], torch.zeros(4))
@@ -278,8 +310,11 @@ def test_channels_last_weights_are_reused(tmp_path: Path) -> None:
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     slot, source = hotglm.ModuleSlot(make(), name="m", version="1.0.0"), make().state_dict()
-    receipts = [slot.update(write_full(tmp_path, number, source)) for number in (1, 2, 3)]
-    assert [one.origins.read_nbytes for one in receipts] == [sum(t.nbytes for t in source.values()), 0, 0]
+    receipts = []
+    for number in (1, 2, 3):
+        source["0.bias"] = torch.full((4,), float(number))
+        receipts.append(slot.update(write_full(tmp_path, number, source)))
+    assert [one.origins.read_nbytes for one in receipts] == [sum(t.nbytes for t in source.values()), 16, 16]
     assert same_bits(dict(slot.live.module.state_dict()), dict(source))
 
 

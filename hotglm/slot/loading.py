@@ -4,6 +4,8 @@ Rules this module keeps:
 
 - What is live is held for as long as it is copied from, and never written.
 - What a load finds out about bytes that are live is kept with their generation, so that nothing is hashed twice.
+- Files that promise nothing but what is in memory already are read whole. There is nothing in them to be quick for, and
+  whoever stages what he has wants to know whether it is good (tests/test_reuse.py).
 """
 
 from __future__ import annotations
@@ -118,8 +120,12 @@ class Loading:
     def _load(self, targets: Mapping[str, Target], taken: TakenSpare, *, options: LoadOptions) -> Loaded:
         offer, lease = self._offer, taken.lease
         given = self._supply or offer.tensors or {}
+        is_split = isinstance(lease, SplitLease)
+        left = self._find_left(targets, taken) if self._policy.reuse and not is_split else {}
+        if offer.files is not None and isinstance(given, Supply) and _reads_nothing(given, targets, left):
+            given, left = Supply.of(offer.files, {}), {}
+            self._supply = given
         if not isinstance(lease, SplitLease):
-            left = self._find_left(targets, taken) if self._policy.reuse else {}
             return self._load_here(given, targets, lease=lease, options=options, left=left)
         return load_split(
             given,
@@ -169,6 +175,15 @@ class Loading:
         for name, source in ({} if self._supply is None else self._supply.tensors).items():
             if source.kept is not None and not source.steps and name in loaded.seals and name not in loaded.drifted:
                 self._live.seals[name] = loaded.seals[name]
+
+
+def _reads_nothing(supply: Supply, targets: Mapping[str, Target], left: Mapping[int, Seal]) -> bool:
+    """Tell whether every tensor that has bytes is live, or left in the spare."""
+    return all(
+        source.kept is not None or not source.nbytes or targets[name].offset in left
+        for name, source in supply.tensors.items()
+        if name in targets
+    )
 
 
 class _Meter:
