@@ -191,11 +191,11 @@ class Traffic:
                     found = self.ask()
                     allowed = self._answers[first:]
                     differences = [self._compare(answer, found) for answer in allowed]
-                    self._passes[index] += 1
-                    yield_gil()  # or every step of the update would wait a switch interval for each thread
                     if all(differences):
                         self._fail("; or ".join(texts[0] for texts in differences))
                         return
+                    self._passes[index] += 1  # judged first: whoever waits for it must not miss that it was wrong
+                    yield_gil()  # or every step of the update would wait a switch interval for each thread
         except BaseException as error:  # noqa: BLE001 - a pass must not raise anything at all
             self._fail(f"raised {describe_exception(error)}")
 
