@@ -420,7 +420,8 @@ class Differ:
         if tool == "zstd":
             return _patch_from
         if tool == "xdelta3":
-            return partial(_encode_by_program, *(path / "model.safetensors" for path in (self._old, self._new)))
+            old, new = self._old / "model.safetensors", self._new / "model.safetensors"
+            return partial(_encode_by_program, old, new)
         module: Any = importlib.import_module(tool)
         return module.diff  # type: ignore[no-any-return]
 

@@ -16,6 +16,7 @@ import pytest
 import hotglm
 from hotglm import seam
 from hotglm.errors import HotglmError, StageFailedError
+from hotglm.slot.admission import Admission
 from hotglm.slot.in_place import InPlaceAdmission
 from support.interrupts import interrupt_rounds
 from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
@@ -299,6 +300,43 @@ def test_a_child_never_gets_half_a_version(copying: tuple[hotglm.ModuleSlot, Slo
         InPlaceAdmission.begin_fork = begin  # type: ignore[method-assign]
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert read_version(slot(INPUT)) == PRIMES[9]
+
+
+def test_threads_that_fork_at_once_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fork lets commits of another thread's fork go on: from the first lock to the last release it is alone."""
+    slot, seen, inside = make_slot(), list[int](), threading.Event()
+    begin, end = type(slot._admission).begin_fork, type(slot._admission).end_fork
+    both = threading.Barrier(2)
+
+    def note_begin(admission: Admission) -> None:
+        begin(admission)
+        if admission is slot._admission:
+            seen.append(threading.get_ident())
+            inside.wait(0.05)  # the other one has time to get in, if it could
+
+    def note_end(admission: Admission) -> None:
+        if admission is slot._admission:
+            seen.append(threading.get_ident())
+        end(admission)
+
+    monkeypatch.setattr(type(slot._admission), "begin_fork", note_begin)
+    monkeypatch.setattr(type(slot._admission), "end_fork", note_end)
+
+    def fork() -> None:
+        both.wait(30)
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    threads = [threading.Thread(target=fork, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert (seen[0], seen[2]) == (seen[1], seen[3])
+    assert seen[0] != seen[2]
 
 
 def test_a_child_forgets_the_passes_of_other_threads() -> None:

@@ -3,12 +3,15 @@
 Rules this module keeps:
 
 - A fork never catches weights that are half written: it waits until no byte is being written in place.
+- Threads that fork at once take turns, or one would let go of what the other waits for.
 - A child has only the thread that forked: locks that others held are replaced, and their passes forgotten.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import weakref
 
 import torch
@@ -21,6 +24,8 @@ _cores: weakref.WeakSet[SlotCore] = weakref.WeakSet()
 _forking: list[SlotCore] = []
 """Those that wait for the end of a fork that is under way."""
 
+_turn = threading.RLock()  # a lock that only its owner can give back
+
 
 def follow_forks(core: SlotCore) -> None:
     """Keep a slot usable across forks for as long as it lives."""
@@ -28,6 +33,7 @@ def follow_forks(core: SlotCore) -> None:
 
 
 def _before() -> None:
+    _turn.acquire()
     for core in list(_cores):
         core.admission.begin_fork()
         _forking.append(core)
@@ -36,6 +42,8 @@ def _before() -> None:
 def _after_in_parent() -> None:
     while _forking:
         _forking.pop().admission.end_fork()
+    with contextlib.suppress(RuntimeError):  # an interrupt came before it was ours
+        _turn.release()
 
 
 def _after_in_child() -> None:
@@ -45,6 +53,8 @@ def _after_in_child() -> None:
     worker threads that were not forked. One thread needs no workers, so the child computes with one; it may raise the
     number again once it knows that the parent had none.
     """
+    global _turn  # noqa: PLW0603 - the thread that may wait for it does not exist here
+    _turn = threading.RLock()
     cores = list(_cores)
     _forking.clear()
     for core in cores:
