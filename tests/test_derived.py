@@ -141,6 +141,17 @@ def test_a_slot_can_refresh_somebody_elses_model() -> None:
     assert same_bits(slot(X), cold(X))
 
 
+def test_digests_are_of_what_a_refresh_has_written_in_whatever_way() -> None:
+    """Writes through `.data`, which no counter of torch shows, are in the receipt's digests all the same (P12)."""
+    slot = hotglm.ModuleSlot(
+        nn.Linear(3, 2), name="m", version="1.0.0", refresh=lambda module: module.get_parameter("weight").data.mul_(2)
+    )
+    receipt = slot.update(nn.Linear(3, 2).state_dict(), version="1.0.1")
+    live = slot.live.module.get_parameter("weight")
+    assert receipt.digests["weight"] == digest_tensor(live)
+    assert slot.verify_live().num_compared == 2
+
+
 def test_a_slots_refresh_that_fails_changes_nothing() -> None:
     """An exception of the slot's own refresh function is a RefreshError that names the function."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hotglm.commands.verify import OUTCOMES, find_outcome
+from hotglm.deltas.making import make_delta
 from hotglm.errors import HotglmError, SourceReadError, TrustError, TrustStateError
 from hotglm.trust.keys import write_public_key
 from hotglm.trust.policy import read_clock
@@ -132,6 +133,16 @@ def test_a_delta_is_signed_by_its_command(host: Host, tmp_path: Path) -> None:
     assert run("delta", base, new, tmp_path / "delta", "--sign", tmp_path / "k.pem") == 0
     assert (tmp_path / "delta" / "hotglm-manifest.dsse.json").exists()
     assert verify(host, tmp_path / "delta") == 3  # by a key that this host does not know
+
+
+def test_a_delta_is_verified_by_itself(host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said of a signed delta is said of its own bytes, and not of those that it builds on."""
+    base, new = pack_tiny(tmp_path / "a"), pack_tiny(tmp_path / "b", version="1.1.0")
+    make_delta(base, new, tmp_path / "delta", signing_key=make_key("release")).close()
+    assert verify(host, tmp_path / "delta") == 0
+    assert "What it builds on was not read" in capsys.readouterr().out
+    assert verify(host, make_release(tmp_path / "full", version="1.2.0")) == 0
+    assert "builds on" not in capsys.readouterr().out
 
 
 def test_memory_is_shown(host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

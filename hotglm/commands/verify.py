@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.bundle is not None:
             return _verify_bundle(arguments)
-        accepted = _verify(arguments)
+        accepted, is_delta = _verify(arguments)
     except HotglmError as error:
         word, code = find_outcome(error)
         if code == ERROR:
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json("hotglm.verify/1", {"accepted": True, "outcome": "accepted", **_describe(accepted)})
     else:
-        _show(accepted)
+        _show(accepted, is_delta=is_delta)
     return OK
 
 
@@ -108,12 +108,12 @@ def _verify_bundle(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _verify(arguments: argparse.Namespace) -> Accepted:
+def _verify(arguments: argparse.Namespace) -> tuple[Accepted, bool]:
     trust = open_trust_from(arguments)
     with open_target(arguments.release, store=arguments.store) as release, ProgressBar(sys.stderr) as bar:
         accepted = trust.verify(release)
         release.verify(progress=bar.tell)
-        return accepted
+        return accepted, release.manifest.delta is not None
 
 
 def _describe(accepted: Accepted) -> dict[str, object]:
@@ -130,13 +130,15 @@ def _describe(accepted: Accepted) -> dict[str, object]:
     }
 
 
-def _show(accepted: Accepted) -> None:
+def _show(accepted: Accepted, *, is_delta: bool) -> None:
     where = "" if accepted.slot is None else f" for slot {shorten_repr(accepted.slot)}"
     print(f"accepted: {shorten_repr(accepted.model)} {accepted.version}, number {accepted.sequence}{where}")
     print(f"role {', '.join(accepted.roles)} of roots {accepted.roots_version} says so, by")
     for key_id in accepted.key_ids:
         print(f"  {key_id}")
     print("verified: every byte is the one that was signed")
+    if is_delta:
+        print("What it builds on was not read; it is held against signed digests when this is staged or materialised.")
     if accepted.is_confirmed:
         print("It was confirmed last: neither floors nor expiry were asked.")
 

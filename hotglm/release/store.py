@@ -68,7 +68,8 @@ class Store(StoreReader):
         Publishing the same again changes nothing and returns the release that is there.
 
         Args:
-            source: a safetensors file, a shard index, a directory of either, or a release.
+            source: a safetensors file, a shard index, a directory of either, or a release, whose signatures do not come
+                along: this store gives it a number of its own.
             name: name of the model; every release of a store has the same.
             version: version of the weights.
             details: whatever else the release is to say.

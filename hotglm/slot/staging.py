@@ -18,7 +18,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from hotglm.contract import Contract
@@ -26,13 +25,12 @@ from hotglm.errors import ArgumentError, Problem, RefreshError
 from hotglm.migration.registry import Migrations
 from hotglm.model.compilations import counting, forget_compiled
 from hotglm.model.compiled import adopt_compiled, compile_as, is_compiled
-from hotglm.model.derived import Marks, run_refreshers
+from hotglm.model.derived import Marks
 from hotglm.model.extents import lay_out
 from hotglm.model.grad_mode import GradMode
 from hotglm.model.inspection import StateEntry, contract_of, find_state
 from hotglm.model.registry import find_definition
-from hotglm.model.twin import Twin, copy_module, settle_in_place, verify_copyable
-from hotglm.problem import describe_exception
+from hotglm.model.twin import Twin, copy_module, verify_copyable
 from hotglm.progress import Progress
 from hotglm.release.environment import read_environment
 from hotglm.slot.admission import Admission
@@ -41,6 +39,7 @@ from hotglm.slot.code import Code, Question, choose_code
 from hotglm.slot.generation import Generation
 from hotglm.slot.loading import Loading
 from hotglm.slot.migrating import describe_gap, hides_values
+from hotglm.slot.refreshing import refresh_derived
 from hotglm.slot.source import Offer, Source, open_source, verify_digests
 from hotglm.slot.spare import Spares, TakenSpare
 from hotglm.slot.staged import Staged, StageRecord
@@ -51,7 +50,7 @@ from hotglm.verdict import Candidate, decide
 from hotglm.version import Bump, Version
 from hotglm.weights import places
 from hotglm.weights.arena import Arena, Lease
-from hotglm.weights.digest import combine_digests, digest_tensor
+from hotglm.weights.digest import combine_digests
 from hotglm.weights.places import Streams
 from hotglm.weights.plan import CHUNK_NBYTES
 from hotglm.weights.proof import Loaded, Target
@@ -279,7 +278,7 @@ class _Stage:
         request, record = self._request, self._record
         request.cancellation.raise_if_cancelled()
         with record.timed("refresh"):
-            self._refresh(twin, loaded)
+            record.refreshed = refresh_derived(twin, loaded, refresh=request.refresh)
             marks = Marks(twin.loose)  # before warm-up, which is a pass
         with record.timed("check"), counting() as compilations:
             proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
@@ -315,31 +314,6 @@ class _Stage:
             accepted=code.offer.accepted,
             pairs=pairs,
         )
-
-    def _refresh(self, twin: Twin, loaded: Loaded) -> None:
-        """Recompute derived state; what lands in the state dict is hashed again, because that is what will be live."""
-        before = {name: view._version for name, view in twin.views.items()}
-        self._record.refreshed = (*run_refreshers(twin.module), *self._run_slot_refresh(twin.module))
-        if self._record.refreshed:
-            settle_in_place(twin)
-            written = [name for name in loaded.digests if twin.views[name]._version != before[name]]
-            loaded.digests |= {name: digest_tensor(twin.views[name]) for name in written}
-
-    def _run_slot_refresh(self, module: nn.Module) -> tuple[str, ...]:
-        refresh = self._request.refresh
-        if refresh is None:
-            return ()
-        label = getattr(refresh, "__qualname__", repr(refresh))
-        try:
-            with torch.no_grad():
-                refresh(module)
-        except Exception as error:
-            raise RefreshError(
-                "Expected derived state to be recomputed, got an error.",
-                problems=[Problem(code="REFRESH_FAILED", message=f"{label} raised {describe_exception(error)}")],
-                remedy="make the refresh function work from the module it is given alone.",
-            ) from error
-        return (label,)
 
     def _verify_layout(self, module: nn.Module, planned: Contract) -> None:
         """Refuse code that has changed the layout the verdict was about while it refreshed or ran.
