@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -507,6 +508,128 @@ def test_memory_that_is_short_is_tried_again(watched: Watched) -> None:
     assert watched.serves(1)
 
 
+@pytest.mark.parametrize("is_before", [True, False])
+def test_what_waits_for_its_next_try_is_stepped_over(tmp_path: Path, is_before: bool) -> None:
+    """A release whose file is missing keeps no lower one from going live, and wins as soon as its file is back."""
+    watched = Watched(tmp_path, follow=">=1", max_retry_s=8.0)
+    watched.publish(1, label=None)
+    watched.settle()
+    if is_before:
+        watched.publish(2, label=None)
+    watched.publish(3, label=None)
+    path = take_weights(watched, "1.0.3")
+    watched.wait(20)
+    assert watched.serves(2 if is_before else 1)
+    if not is_before:
+        watched.publish(2, label=None)
+        watched.wait(20)
+    assert (watched.serves(2), watched.status.applied, watched.status.target) == (True, "1.0.2", "1.0.3")
+    assert (watched.state, watched.status.code) == (WatchState.RETRYING, "MISSING_FILE")
+    assert watched.status.next_try_s is not None
+    shutil.copy(tmp_path / "away.safetensors", path)
+    watched.wait(9)
+    assert watched.serves(3)
+    assert watched.status.next_try_s is None, watched.status
+    assert [event.version for event in watched.of(CommittedEvent)] == ["1.0.1", "1.0.2", "1.0.3"]
+    assert watched.status.refused == ()
+
+
+def test_each_that_waits_has_its_own_pauses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Three that wait are each tried ever more seldom, and told once each; of what is older than live none is tried."""
+    watched = Watched(tmp_path, follow=">=1", retry_s=4.0, max_retry_s=512.0)
+    watched.publish(5, "1.0.5", label=None)
+    watched.settle()
+    for number in (4, 6, 7, 8):
+        watched.publish(number, label=None)
+    for number in (6, 7, 8):
+        take_weights(watched, f"1.0.{number}")
+    with caplog.at_level(logging.INFO, logger="hotglm.watch"):
+        watched.wait(2000)
+    assert (watched.serves(5), watched.status.target) == (True, "1.0.8")
+    tries = Counter(event.version for event in watched.of(RefusedEvent))
+    assert set(tries) <= {"1.0.6", "1.0.7", "1.0.8"}
+    assert watched.status.counts.retries <= 36
+    assert watched.status.counts.retries >= 24
+    assert len(caplog.records) <= 6
+
+
+def test_a_label_steps_over_nothing(watched: Watched) -> None:
+    """Where a label leads to what waits, what is live stays."""
+    watched.publish(1)
+    watched.settle()
+    watched.publish(2, label=None)
+    watched.publish(3)
+    take_weights(watched, "1.0.3")
+    watched.wait(100)
+    assert (watched.serves(1), watched.state, watched.status.target) == (True, WatchState.RETRYING, "1.0.3")
+
+
+def test_nothing_older_than_what_is_live_is_stepped_to(tmp_path: Path) -> None:
+    """What the host itself made live counts as well: while a newer one waits, the process is not taken back."""
+    watched = Watched(tmp_path, follow=">=0.1")
+    for number, version in ((1, "0.9.0"), (2, "1.1.0")):
+        watched.publish(number, version, label=None)
+    take_weights(watched, "1.1.0")
+    watched.wait(100)
+    assert (watched.serves(0), watched.state, watched.status.target) == (True, WatchState.RETRYING, "1.1.0")
+
+
+def test_a_next_try_breaks_off_no_load(tmp_path: Path) -> None:
+    """A load that lasts longer than the pause of what waits is finished; only what never failed overtakes it."""
+    watched = Watched(tmp_path, follow=">=1", retry_s=2.0)
+    watched.publish(2, label=None)
+    watched.publish(3, label=None)
+    take_weights(watched, "1.0.3")
+
+    def dawdle(kind: str, _: int, args: tuple[object, ...]) -> None:
+        if kind == "preadv" and watched.state is WatchState.LOADING:
+            watched.clock.at_s += 100
+
+    with hooked(dawdle):
+        watched.wait(150)
+    assert (watched.serves(2), watched.status.counts.superseded) == (True, 0)
+
+
+def test_a_disk_that_reads_nothing_is_not_tried_with_every_version(tmp_path: Path) -> None:
+    """Only so many are stepped over at a time, and the newest goes live when the disk is back."""
+    watched = Watched(tmp_path, follow=">=1", max_retry_s=8.0)
+    for number in range(1, 31):
+        watched.publish(number, label=None)
+    tried = set()
+
+    def fail(kind: str, _: int, args: tuple[object, ...]) -> None:
+        if kind == "preadv" and watched.state is WatchState.LOADING:
+            tried.add(watched.status.target)
+            raise OSError(errno.EIO, "EIO")
+
+    with hooked(fail):
+        watched.wait(60)
+    assert tried == {f"1.0.{number}" for number in range(15, 31)}
+    watched.wait(9)
+    assert watched.serves(30)
+
+
+def test_what_waits_and_is_removed_is_forgotten(tmp_path: Path) -> None:
+    """A release that is removed while it waits is not said to be tried again."""
+    watched = Watched(tmp_path, follow=">=1", max_retry_s=8.0)
+    watched.publish(1, label=None)
+    watched.publish(2, label=None)
+    take_weights(watched, "1.0.2")
+    watched.wait(20)
+    assert watched.state is WatchState.RETRYING
+    remove_tree(watched.find_path("1.0.2"))
+    watched.wait(20)
+    assert (watched.serves(1), watched.state, watched.status.next_try_s) == (True, WatchState.FOLLOWING, None)
+
+
+def take_weights(watched: Watched, version: str) -> Path:
+    """Move the weights of a release out of the store; return where they were."""
+    (path,) = watched.find_path(version).glob("*.safetensors")
+    path.parent.chmod(0o755)
+    shutil.move(path, watched.directory / "away.safetensors")
+    return path
+
+
 # -- preconditions -----------------------------------------------------------------------------------------------------
 
 
@@ -540,6 +663,17 @@ def test_a_precondition_that_raises_delays(tmp_path: Path) -> None:
     watched.publish(1)
     watched.settle()
     assert watched.status.reasons == ("a precondition raised ValueError: no\\nsuch sensor",)
+
+
+@pytest.mark.parametrize("answer", [False, True, 0, ["busy"]])
+def test_a_precondition_that_answers_in_another_way_is_said(tmp_path: Path, answer: object) -> None:
+    """Neither None nor text: a typed failure in the status, which says what was answered and what is expected."""
+    watched = Watched(tmp_path, preconditions=(lambda: answer, lambda: "busy"))
+    watched.publish(1)
+    watched.wait(10)
+    assert (watched.state, watched.status.code, watched.serves(0)) == (WatchState.DELAYED, "BAD_ARGUMENT", True)
+    assert watched.status.reasons == (f"a precondition answered {answer!r}", "busy")
+    assert "Expected None or a text" in watched.status.error
 
 
 def test_pausing_leaves_everything_as_it_is(watched: Watched) -> None:

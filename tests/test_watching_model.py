@@ -15,6 +15,7 @@ from hotglm.watching.deciding import Decision, Situation, Task, decide
 from hotglm.watching.judging import Fault, judge
 from hotglm.watching.ranking import Ranking
 from hotglm.watching.refusals import Refusals
+from hotglm.watching.retries import Retries
 from hotglm.watching.scanning import Found, Scanner, Target
 from support.watch_machine import LabelMachine, ShelfMachine
 
@@ -64,12 +65,16 @@ def compares_text(ranking: Ranking) -> Any:
     return iter(sorted(ranking._all.items(), key=lambda item: item[0], reverse=True))
 
 
-def is_content_with_the_first(scanner: Scanner, is_refused: Callable[[Target], bool]) -> Found:
-    return real_scan(scanner, lambda target: False)
+def is_content_with_the_first(scanner: Scanner, is_refused: Callable[[Target], bool], **more: Any) -> Found:
+    return real_scan(scanner, lambda target: False, **more)
 
 
 def believes_the_manifest(scanner: Scanner, path: str, key: str) -> bool:
     return True
+
+
+def steps_over_nothing(retries: Retries, target: Target, now_s: float) -> bool:
+    return False
 
 
 real_scan = Scanner.scan
@@ -81,6 +86,7 @@ BUGS: list[tuple[type[RuleBasedStateMachine], Any, str, Any]] = [
     (ShelfMachine, Ranking, "descend", compares_text),
     (ShelfMachine, Scanner, "scan", is_content_with_the_first),
     (ShelfMachine, Scanner, "_is_whole", believes_the_manifest),
+    (ShelfMachine, Retries, "is_waiting", steps_over_nothing),
     (LabelMachine, engine, "decide", never_goes_back),
 ]
 

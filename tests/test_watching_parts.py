@@ -13,9 +13,10 @@ from hotglm import errors
 from hotglm.errors import ArgumentError, HotglmError, Problem
 from hotglm.version import Version
 from hotglm.watching.backoff import plan_pause_s
-from hotglm.watching.deciding import Retry, Situation, Task, decide
+from hotglm.watching.deciding import Situation, Task, decide, select_target
 from hotglm.watching.judging import Fault, judge
 from hotglm.watching.ranking import Ranking
+from hotglm.watching.retries import Retries, Retry
 from hotglm.watching.scanning import Found, Target
 
 # -- judging -----------------------------------------------------------------------------------------------------------
@@ -85,6 +86,10 @@ def make_target(version: str) -> Target:
     return Target(version=Version(version), sequence=1, path=version, digest=version, key=version)
 
 
+def retry(version: str, *, attempt: int, at_s: float) -> Retry:
+    return Retry(key=version, version=Version(version), attempt=attempt, at_s=at_s)
+
+
 OLD, NEW = make_target("1.0"), make_target("2.0")
 
 
@@ -105,15 +110,49 @@ OLD, NEW = make_target("1.0"), make_target("2.0")
         (Task.LEAVE, NEW, {"applied": OLD, "is_refused": True}),
         (Task.REST, OLD, {"applied": NEW, "is_label": False}),
         (Task.TRY, NEW, {"applied": OLD, "is_label": False}),
-        (Task.AWAIT_RETRY, NEW, {"retry": Retry(key="2.0", attempt=1, at_s=11.0)}),
-        (Task.TRY, NEW, {"retry": Retry(key="2.0", attempt=1, at_s=10.0)}),
-        (Task.TRY, NEW, {"retry": Retry(key="1.0", attempt=1, at_s=11.0)}),
+        (Task.AWAIT_RETRY, NEW, {"retry": retry("2.0", attempt=1, at_s=11.0)}),
+        (Task.TRY, NEW, {"retry": retry("2.0", attempt=1, at_s=10.0)}),
+        (Task.TRY, NEW, {"retry": retry("1.0", attempt=1, at_s=11.0)}),
     ],
 )
 def test_what_is_done_in_each_situation(task: Task, found: Target | None, more: dict[str, object]) -> None:
     """Every rule of deciding, one by one."""
     situation = Situation(now_s=10.0, found=Found(target=found), **more)  # type: ignore[arg-type]  # its own fields
     assert decide(situation).task is task
+
+
+@pytest.mark.parametrize(
+    ("found", "waiting", "applied", "live", "expected"),
+    [
+        ("1.0", None, None, "0", "1.0"),
+        (None, "2.0", "1.0", "1.0", "2.0"),
+        ("1.5", "2.0", "1.0", "1.0", "1.5"),
+        ("1.0", "2.0", "1.0", "1.0", "2.0"),
+        ("1.5", "2.0", "1.0", "1.7", "2.0"),
+        ("1.5", "2.0", "1.7", "1.0", "2.0"),
+        ("1.5", "2.0", None, "1.7", "2.0"),
+        ("1.0", "2.0", "3.0", "3.0", "1.0"),
+    ],
+)
+def test_what_waits_is_the_target_where_nothing_lower_is_newer_than_live(
+    found: str | None, waiting: str | None, applied: str | None, live: str, expected: str
+) -> None:
+    """Stepping over goes up only, from what the watcher applied as from what the host did."""
+    one, other, last = (None if version is None else make_target(version) for version in (found, waiting, applied))
+    selected = select_target(Found(target=one, waiting=other), applied=last, live=Version(live))
+    assert selected.target == make_target(expected)
+
+
+def test_only_so_much_is_remembered() -> None:
+    """Of more than 64 that wait the oldest is forgotten; with a label one is remembered."""
+    many, one = Retries(is_label=False), Retries(is_label=True)
+    for number in range(100):
+        for retries in (many, one):
+            retries.add(make_target(f"1.{number}"), attempt=1, at_s=number, error=errors.SourceReadError("EIO"))
+    kept = [number for number in range(100) if many.find(make_target(f"1.{number}"))]
+    assert kept == list(range(36, 100))
+    assert [number for number in range(100) if one.find(make_target(f"1.{number}"))] == [99]
+    assert (many.find_next_s(), many.left_s(90.5), many.left_s(99)) == (36, 0.5, float("inf"))
 
 
 # -- waiting and ranking -----------------------------------------------------------------------------------------------
@@ -186,6 +225,11 @@ def test_load_and_memory_are_compared_with_their_limits() -> None:
     "options",
     [
         {"interval_s": 0},
+        {"interval_s": "2"},
+        {"debounce_s": None},
+        {"trial_s": "10"},
+        {"retry_s": "1"},
+        {"max_retry_s": "300"},
         {"interval_s": float("inf")},
         {"interval_s": float("nan")},
         {"debounce_s": -1},

@@ -92,12 +92,12 @@ def test_a_round_that_raises_is_survived(store: Store, slot: hotglm.ModuleSlot, 
     scan, raising = watcher._engine.scanner.scan, threading.Event()
     raising.set()
 
-    def fail(*args: Any) -> Any:
+    def fail(*args: Any, **more: Any) -> Any:
         if raising.is_set():
             raise failure
-        return scan(*args)
+        return scan(*args, **more)
 
-    watcher._engine.scanner.scan = fail  # type: ignore[method-assign, assignment]  # the planted fault
+    watcher._engine.scanner.scan = fail  # type: ignore[method-assign]  # the planted fault
     with watcher:
         assert wait_until(lambda: watcher.status().counts.crashes >= 3)
         assert watcher.status().is_alive

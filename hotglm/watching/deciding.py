@@ -9,16 +9,22 @@ Rules this module keeps:
   target is the very release that was live before does the trial end at once: somebody took the label back.
 - A constraint leads up. That the highest version was removed is no reason to leave it (E10); to go down, narrow the
   constraint or follow a label.
+- With a constraint, what waits for its next try is stepped over, as long as there is something that is newer than what
+  is live: nobody can then keep a service from what is good by what is not there yet.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from hotglm.version import Version
+from hotglm.watching.retries import Retry
 from hotglm.watching.scanning import Found, Target
 
-__all__ = ["Decision", "Retry", "Situation", "Task", "decide"]
+__all__ = ["RETRY_REASON", "Decision", "Situation", "Task", "decide", "select_target"]
+
+RETRY_REASON = "it failed for a reason that may pass"
 
 
 class Task(enum.Enum):
@@ -41,21 +47,6 @@ class Task(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Retry:
-    """A release that failed for a reason that may pass.
-
-    Attributes:
-        key: which bytes.
-        attempt: how often it failed in a row.
-        at_s: when it is tried again.
-    """
-
-    key: str
-    attempt: int
-    at_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
     """Everything that a decision is made from.
 
@@ -67,7 +58,7 @@ class Situation:
         is_on_trial: whether what is live is on trial.
         is_refused: whether the target must not be tried.
         is_label: whether a label is followed.
-        retry: what failed last, if it is to be tried again.
+        retry: when the target is tried again, if it failed.
     """
 
     now_s: float
@@ -95,6 +86,22 @@ class Decision:
     reason: str = ""
 
 
+def select_target(found: Found, *, applied: Target | None, live: Version) -> Found:
+    """Return what was found with the release as its target that waits for its next try, if nothing else is newer.
+
+    Args:
+        found: what a scan found.
+        applied: the release that was last made live by the watcher, if any.
+        live: the version that is live, whoever made it so.
+    """
+    waiting, target = found.waiting, found.target
+    floor = live if applied is None else max(live, applied.version)
+    is_over = waiting is None or (applied is not None and waiting.version <= applied.version)
+    if is_over or (target is not None and floor < target.version):
+        return found
+    return replace(found, target=waiting, reason="")
+
+
 def decide(now: Situation) -> Decision:
     """Return what is to be done."""
     target, found, applied = now.found.target, now.found, now.applied
@@ -118,5 +125,5 @@ def _decide_on(target: Target, now: Situation) -> Decision:
         reason = f"{now.applied.version} is not there any more, and a constraint leads up only"
         return Decision(task=Task.REST, target=now.applied, reason=reason)
     if now.retry is not None and now.retry.key == target.key and now.now_s < now.retry.at_s:
-        return Decision(task=Task.AWAIT_RETRY, target=target, reason="it failed for a reason that may pass")
+        return Decision(task=Task.AWAIT_RETRY, target=target, reason=RETRY_REASON)
     return Decision(task=Task.TRY, target=target, reason=now.found.reason)

@@ -11,25 +11,29 @@ Rules this module keeps:
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hotglm.errors import HotglmError, StoreBusyError, StoreError, StoreWriteError
-from hotglm.problem import describe_exception, escape_text
+from hotglm.problem import describe_exception
 from hotglm.release.ledger import ReleaseId
 from hotglm.release.services import Service
 from hotglm.release.store_reading import release_name
 from hotglm.watching.backoff import plan_pause_s
-from hotglm.watching.deciding import Decision, Retry, Situation, Task, decide
+from hotglm.watching.deciding import RETRY_REASON, Decision, Situation, Task, decide, select_target
 from hotglm.watching.journal import Journal, first_line
 from hotglm.watching.judging import Fault, judge
 from hotglm.watching.loading import LoadEndedError, Loader, Went
 from hotglm.watching.policy import Clock, WatchPolicy
+from hotglm.watching.preconditions import ask_all
 from hotglm.watching.refusals import Refusals, Scope
+from hotglm.watching.requests import Requests
+from hotglm.watching.retries import Retries
 from hotglm.watching.scanning import Found, Scanner, Target
 from hotglm.watching.status import WatchState
 from hotglm.watching.trial import Judge, OnTrial, TrialEnd, Trials
 
-__all__ = ["Engine", "Requests"]
+__all__ = ["Engine"]
 
 _MAX_RESTORES = 5
 """How often what was confirmed is tried at the start before the watcher goes on without it."""
@@ -44,27 +48,6 @@ _STATES = {
     Task.AWAIT_RETRY: WatchState.RETRYING,
     Task.LEAVE: WatchState.REFUSED,
 }
-
-
-@dataclass(slots=True, kw_only=True)
-class Requests:
-    """What other threads ask of a watcher: single stores of single values, read by its thread.
-
-    Attributes:
-        is_closed: whether it is to end.
-        is_paused: whether it is to leave everything as it is.
-        is_hinted: whether something may have changed.
-        is_asked: whether somebody wants a look now, and what failed tried again.
-        failure: the generation that must go, and why; None where nobody said so.
-        confirmed: the generation that somebody confirmed last.
-    """
-
-    is_closed: bool = False
-    is_paused: bool = False
-    is_hinted: bool = False
-    is_asked: bool = False
-    failure: tuple[int, str] | None = None
-    confirmed: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,7 +67,7 @@ class Engine:
         requests: what other threads ask.
         seed: what tells this watcher from others that should not try again at the same moment.
         applied: what it made live last.
-        retry: what failed for a reason that may pass.
+        retries: what failed for a reason that may pass.
     """
 
     scanner: Scanner
@@ -98,8 +81,8 @@ class Engine:
     is_label: bool
     requests: Requests
     seed: str
+    retries: Retries
     applied: Target | None = None
-    retry: Retry | None = None
     _held: tuple[Target, int] | None = None
     _restore: Target | None = None
     _num_restores: int = 0
@@ -126,7 +109,7 @@ class Engine:
         """
         requests = self.requests
         if requests.is_asked:
-            self.retry = None
+            self.retries.clear()
         requests.is_hinted = requests.is_asked = False
         self.loader.end_unended()
         failure = self._read_records()
@@ -139,11 +122,14 @@ class Engine:
         if failure is not None:
             self._stand_on_error(failure)
             return self._plan_wait()
+        now_s = self.clock.now_s()
         try:
-            found = self._look()
+            found = self._look(lambda target: self.retries.is_waiting(target, now_s))
         except HotglmError as error:
             self._stand_on_error(error)
             return self._plan_wait()
+        self.retries.forget_gone(found.target, now_s=now_s)
+        found = select_target(found, applied=self.applied, live=self.loader.slot.version)
         self.journal.target = found.target
         return self._act(self._decide(found), found)
 
@@ -215,10 +201,10 @@ class Engine:
         else:
             self.journal.say(logging.ERROR, f"the confirmed release {confirmed.version} is not in the store")
 
-    def _look(self) -> Found:
+    def _look(self, is_waiting: Callable[[Target], bool]) -> Found:
         self.journal.last_scan_s = self.clock.now_s()
         self.journal.count(scans=1)
-        return self.scanner.scan(lambda target: self.refusals.find(target) is not None)
+        return self.scanner.scan(lambda target: self.refusals.find(target) is not None, is_waiting=is_waiting)
 
     def _decide(self, found: Found) -> Decision:
         target, trial = found.target, self.trials.running
@@ -230,7 +216,7 @@ class Engine:
             is_on_trial=trial is not None,
             is_refused=target is not None and self.refusals.find(target) is not None,
             is_label=self.is_label,
-            retry=self.retry,
+            retry=None if target is None else self.retries.find(target),
         )
         return decide(situation)
 
@@ -244,9 +230,9 @@ class Engine:
         if decision.task is not Task.TRY or target is None:
             self._rest(decision)
             return self._plan_wait()
-        waits = self._find_waits()
-        if waits:
-            self.journal.note_delay(target, waits)
+        waits = ask_all(self.policy.preconditions)
+        if waits.reasons:
+            self.journal.note_delay(target, waits.reasons, error=waits.error)
             return self._plan_wait()
         return self._try(target, position=found.position)
 
@@ -254,21 +240,12 @@ class Engine:
         task, target = decision.task, decision.target
         refused = self.refusals.find(target) if task is Task.LEAVE and target is not None else None
         reason = decision.reason if refused is None else first_line(refused.reason)
-        stays = task in (Task.AWAIT_RETRY, Task.AWAIT_TRIAL)
-        error = self.journal.error if stays else None
+        error = self.journal.error if task is Task.AWAIT_TRIAL else None
+        retry = self.retries.find(target) if task is Task.AWAIT_RETRY and target is not None else None
+        if retry is not None:
+            error = retry.error
         was_said = error is not None and task is Task.AWAIT_TRIAL  # when it came (E07)
         self.journal.stand(_STATES[task], *(self.journal.reasons if was_said else (reason,)), error=error)
-
-    def _find_waits(self) -> tuple[str, ...]:
-        waits = []
-        for precondition in self.policy.preconditions:
-            try:
-                reason = precondition()
-            except Exception as error:  # noqa: BLE001 - a precondition is the host's code and may raise anything
-                reason = f"a precondition raised {describe_exception(error)}"
-            if reason is not None:
-                waits.append(escape_text(str(reason), limit=200))
-        return tuple(waits)
 
     def _try(self, target: Target, *, position: int) -> float:
         self.journal.count(loads=1)
@@ -316,7 +293,8 @@ class Engine:
             return stop
         self.requests.is_hinted = False
         try:
-            found = self._look().target
+            # What failed before is tried when this is live: it may fail again, and nothing would be loaded to its end.
+            found = self._look(lambda one: self.retries.find(one) is not None).target
         except HotglmError:  # what is being loaded is open, and a look that fails says nothing about it
             return None
         if found is None or found.digest == target.digest or not (self.is_label or target.version < found.version):
@@ -330,7 +308,8 @@ class Engine:
 
     def _go_on(self, target: Target, went: Went, *, is_new: bool) -> None:
         """Note that a release went live, and begin its trial, or end it at once."""
-        before, self.applied, self.retry, self._num_broken_off = self.applied, target, None, 0
+        before, self.applied, self._num_broken_off = self.applied, target, 0
+        self.retries.forget_up_to(target)
         self._held = None if before is None else (before, went.before_number)
         self.refusals.forget_host()
         self.journal.say(logging.INFO, f"{target.version} is live")
@@ -368,18 +347,24 @@ class Engine:
             self.requests.is_closed = True
             return 0.0
         if fault is Fault.TIME:
-            attempt = self.retry.attempt + 1 if self.retry is not None and self.retry.key == target.key else 1
-            at_s = self.clock.now_s() + self._plan_pause(attempt, target.key)
-            self.retry = Retry(key=target.key, attempt=attempt, at_s=at_s)
-            self.journal.count(retries=1)
-            self.journal.stand(WatchState.RETRYING, "it failed for a reason that may pass", error=error)
-            return self._plan_wait()
-        self.retry = None
+            return self._plan_retry(target, error)
+        self.retries.forget(target)
         scope = Scope.BYTES if fault is Fault.BYTES else Scope.HOST
         reason = f"{error.code}: {error}"
         self.refusals.add(target, reason, scope=scope)
         self.journal.note_refusal(target, reason, code=error.code)
         return 0.0  # with a constraint the next lower one is eligible now
+
+    def _plan_retry(self, target: Target, error: HotglmError) -> float:
+        before = self.retries.find(target)
+        attempt = 1 if before is None else before.attempt + 1
+        at_s = self.clock.now_s() + self._plan_pause(attempt, target.key)
+        self.retries.add(target, attempt=attempt, at_s=at_s, error=error)
+        self.journal.count(retries=1)
+        if self.is_label or attempt == 1:
+            self.journal.stand(WatchState.RETRYING, RETRY_REASON, error=error)
+        # With a constraint the next lower one is eligible now. What failed only once is given a moment first.
+        return self._plan_wait() if self.is_label or attempt == 1 else 0.0
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
@@ -395,6 +380,6 @@ class Engine:
         now_s, interval_s, last_s = self.clock.now_s(), self.policy.interval_s, self.journal.last_scan_s
         # From look to look, not from the end of one to the next: what is new is found within one interval.
         look_s = interval_s if last_s is None else max(interval_s / 10, last_s + interval_s - now_s)
-        retry_s = self.retry.at_s - now_s if self.retry is not None else 0.0
         # What is overdue could not be done just now: it is done with the next look.
-        return min([look_s, *(wait_s for wait_s in (retry_s, self.trials.left_s(now_s)) if wait_s > 0)])
+        left_s = self.trials.left_s(now_s)
+        return min(look_s, self.retries.left_s(now_s), left_s if left_s > 0 else look_s)

@@ -70,9 +70,9 @@ class Journal:
         """Write one line to the log."""
         _log.log(level, "%s: %s", self.slot.name, text)
 
-    def note_delay(self, target: Target, waits: tuple[str, ...]) -> None:
+    def note_delay(self, target: Target, waits: tuple[str, ...], *, error: HotglmError | None = None) -> None:
         """Say that an update is delayed: in the status always, as an event once for each release."""
-        self.stand(WatchState.DELAYED, *waits)
+        self.stand(WatchState.DELAYED, *waits, error=error)
         if self._delayed != target.key:
             self._delayed = target.key
             self.announce(DelayedEvent(slot=self.slot.name, version=str(target.version), reasons=waits))

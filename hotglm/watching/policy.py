@@ -5,7 +5,10 @@ Rules this module keeps: no IO. What cannot be meant is refused when the policy 
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +47,8 @@ class WatchPolicy:
             `math.inf` waits for `confirm()`. None means 10 s with a service, and 0 without.
         probe: asked with the slot in every round of a trial; the trial fails if it raises, or returns anything else
             than None or True. Text that it returns is the reason.
-        preconditions: asked before every update; one that returns a reason, or raises, delays it.
+        preconditions: asked before every update; one that returns a reason, or anything else than None, or
+            raises, delays it.
         retry_s: pause after the first transient failure; it doubles with each further one.
         max_retry_s: the longest such pause.
         quarantine: directory of reason files where there is no service, made where it is missing; None remembers
@@ -72,14 +76,15 @@ class WatchPolicy:
         """
         if isinstance(self.preconditions, list):
             object.__setattr__(self, "preconditions", tuple(self.preconditions))
+        first_s = self.retry_s if _is_time(self.retry_s) else 0.0
         wrong = [
-            *(["interval_s"] if not 0 < self.interval_s < float("inf") else []),
-            *(["debounce_s"] if not 0 <= self.debounce_s < float("inf") else []),
-            *(["trial_s"] if self.trial_s is not None and not self.trial_s >= 0 else []),
+            *(["interval_s"] if not _is_time(self.interval_s) or self.interval_s <= 0 else []),
+            *(["debounce_s"] if not _is_time(self.debounce_s) else []),
+            *(["trial_s"] if self.trial_s is not None and not _is_time(self.trial_s, limit_s=math.inf) else []),
             *(["probe"] if self.probe is not None and not callable(self.probe) else []),
             *(["preconditions"] if not _are_callable(self.preconditions) else []),
-            *(["retry_s"] if not 0 < self.retry_s < float("inf") else []),
-            *(["max_retry_s"] if not self.retry_s <= self.max_retry_s < float("inf") else []),
+            *(["retry_s"] if first_s <= 0 else []),
+            *(["max_retry_s"] if not _is_time(self.max_retry_s) or self.max_retry_s < first_s else []),
             *(["stage"] if self.stage is not None and not isinstance(self.stage, StagePolicy) else []),
         ]
         if wrong:
@@ -87,6 +92,11 @@ class WatchPolicy:
                 f"Expected a watch policy that can be meant, got bad {', '.join(wrong)}.",
                 remedy="see WatchPolicy: times are positive, preconditions a tuple of functions without arguments.",
             )
+
+
+def _is_time(value: Any, *, limit_s: float = sys.float_info.max) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and bool(0 <= value <= limit_s)
 
 
 def _are_callable(functions: object) -> bool:

@@ -1,21 +1,22 @@
 """Reasons to put an update off: a machine that is busy, memory that is short, an hour that is wrong.
 
 Rules this module keeps: each is a function without arguments that returns the reason to wait, in words, or None. What
-the machine cannot say is no reason to wait.
+the machine cannot say is no reason to wait. What a host's own function cannot say, or says in another way, is one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, time
 
-from hotglm.errors import ArgumentError, shorten_repr
+from hotglm.errors import ArgumentError, HotglmError, shorten_repr
+from hotglm.problem import describe_exception, escape_text
 from hotglm.slot.memory import read_available_nbytes
 from hotglm.weights.workers import count_cores
 
-__all__ = ["FreeMemory", "LoadBelow", "TimeWindow"]
+__all__ = ["FreeMemory", "LoadBelow", "TimeWindow", "Waits", "ask_all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,3 +97,40 @@ class TimeWindow:
         start, end, now = time.fromisoformat(self.start), time.fromisoformat(self.end), self.read().time()
         is_inside = start <= now < end if start < end else now >= start or now < end
         return None if is_inside else f"it is {now:%H:%M}, updates are made from {self.start} to {self.end}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waits:
+    """What preconditions answered.
+
+    Attributes:
+        reasons: all reasons to wait, in words; empty for none.
+        error: what is wrong with a precondition itself; None for nothing.
+    """
+
+    reasons: tuple[str, ...] = ()
+    error: HotglmError | None = None
+
+
+def ask_all(preconditions: Iterable[Callable[[], object]]) -> Waits:
+    """Ask every precondition; one that raises, or answers anything else than None or text, is a reason to wait."""
+    reasons: list[str] = []
+    failure: HotglmError | None = None
+    for ask in preconditions:
+        try:
+            answer = ask()
+        except Exception as error:  # noqa: BLE001 - a precondition is the host's code and may raise anything
+            answer = f"a precondition raised {describe_exception(error)}"
+        if isinstance(answer, str):
+            reasons.append(escape_text(answer, limit=200))
+        elif answer is not None:
+            failure = _refuse_answer(ask, answer)
+            reasons.append(f"a precondition answered {shorten_repr(answer)}")
+    return Waits(reasons=tuple(reasons), error=failure)
+
+
+def _refuse_answer(ask: object, answer: object) -> ArgumentError:
+    return ArgumentError(
+        f"Expected None or a text from the precondition {shorten_repr(ask)}, got {shorten_repr(answer)}.",
+        remedy="return None where the update may be made, and the reason to wait, in words, where it may not.",
+    )

@@ -7,7 +7,7 @@ Rules this module keeps:
 - Names by rule only: in a store those that the store gave (S1), elsewhere a version in its normal form. All else is
   passed over: editors' files, dotfiles, `.partial`, `01.0`, `latest~` (E09).
 - Only a directory with a manifest counts (R1), and of all that could win only the manifest of the winner is read, and
-  of those above it that were refused. The digest of those bytes decides, no time or number of an inode (E11).
+  of those above it that were refused or wait. The digest of those bytes decides, no time or number of an inode (E11).
 - In a store a release is whole as soon as it has its name (S1). Elsewhere one counts when every file that its manifest
   lists is there in its size, so that an upload that stopped half way keeps no other release from going live (E01).
 - No byte but those of a manifest is read, and the lock of a store is not taken.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hotglm.envelope import ENVELOPE_NAME
@@ -51,6 +51,9 @@ __all__ = ["Found", "Scanner", "Target"]
 _MARKER = "hotglm-store.json"
 _MAX_REMEMBERED = 256
 
+_MAX_STEPPED_OVER = 16
+"""How many releases that wait for their next try one look steps over: a machine that reads nothing does not try all."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -83,11 +86,13 @@ class Found:
 
     Attributes:
         target: what is to be live; None where nothing is eligible.
+        waiting: the highest release that was stepped over because it waits for its next try; None for none.
         position: grows with each release that was eligible, or each move of the label; tells how many were skipped.
         reason: why there is no target; or, beside a target, why a newer one is not it.
     """
 
     target: Target | None
+    waiting: Target | None = None
     position: int = 0
     reason: str = ""
 
@@ -105,11 +110,14 @@ class Scanner:
         self._names_in = ""
         self._whole: dict[str, bool] = {}
 
-    def scan(self, is_refused: Callable[[Target], bool]) -> Found:
+    def scan(
+        self, is_refused: Callable[[Target], bool], *, is_waiting: Callable[[Target], bool] = lambda _: False
+    ) -> Found:
         """Look once.
 
         Args:
             is_refused: whether a release must not be tried.
+            is_waiting: whether a release must not be tried yet; asked only where a constraint is followed.
 
         Raises:
             SourceError: the place or a manifest cannot be read. StoreError: a label is damaged, or leads nowhere.
@@ -117,7 +125,8 @@ class Scanner:
         store = self.find_store()
         if self._follow.label is None:
             where = self.path if store is None else store.join("releases")
-            return self._scan_versions(where, is_stored=store is not None, is_refused=is_refused)
+            self._name_all(where, is_stored=store is not None)
+            return self._scan_versions(where, is_stored=store is not None, is_refused=is_refused, is_waiting=is_waiting)
         if store is None:
             return self._scan_link(self._follow.label)
         return self._scan_label(store, self._follow.label)
@@ -164,9 +173,31 @@ class Scanner:
 
     # -- constraints ---------------------------------------------------------------------------------------------------
 
-    def _scan_versions(self, where: str, *, is_stored: bool, is_refused: Callable[[Target], bool]) -> Found:
-        self._name_all(where, is_stored=is_stored)
-        position, reason = len(self._ranking), ""
+    def _scan_versions(
+        self,
+        where: str,
+        *,
+        is_stored: bool,
+        is_refused: Callable[[Target], bool],
+        is_waiting: Callable[[Target], bool],
+    ) -> Found:
+        position, reason, waiting = len(self._ranking), "", list[Target]()
+        for version, target, obstacle in self._descend(where, is_stored=is_stored):
+            if target is None or is_refused(target):
+                reason = obstacle or f"{version} was refused"
+            elif is_waiting(target):
+                waiting.append(target)
+                reason = f"{version} waits for its next try"
+                if len(waiting) == _MAX_STEPPED_OVER:
+                    return Found(target=None, waiting=waiting[0], position=position, reason=reason)
+            else:
+                first = waiting[0] if waiting else None
+                return Found(target=target, waiting=first, position=position - len(waiting), reason=reason)
+        reason = reason or f"none of {len(self._names)} names is a release that fits {self._follow.text!r}"
+        return Found(target=None, waiting=waiting[0] if waiting else None, position=position, reason=reason)
+
+    def _descend(self, where: str, *, is_stored: bool) -> Iterator[tuple[Version, Target | None, str]]:
+        """Yield what stands there, the highest version first; with the reason where it is no target."""
         for name, (sequence, version) in self._ranking.descend():
             path = os.path.join(where, name)
             try:
@@ -174,13 +205,9 @@ class Scanner:
             except SourceError as error:
                 if not _concerns_one(error):
                     raise
-                reason = f"{version} cannot be read ({error.code})"
-                continue
-            if target is not None and not is_refused(target):
-                return Found(target=target, position=position, reason=reason)
-            reason = f"{version} {'is not whole' if target is None else 'was refused'}"
-        reason = reason or f"none of {len(self._names)} names is a release that fits {self._follow.text!r}"
-        return Found(target=None, position=position, reason=reason)
+                yield version, None, f"{version} cannot be read ({error.code})"
+            else:
+                yield version, target, "" if target else f"{version} is not whole"
 
     def _name_all(self, where: str, *, is_stored: bool) -> None:
         """Bring what names mean up to date; only those that are new are read."""

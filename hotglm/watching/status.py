@@ -80,7 +80,7 @@ class WatchStatus:
         code: code of the latest error that still stands; empty where there is none.
         error: text of that error.
         last_scan_s: when it looked last; None before the first time.
-        next_try_s: when it tries again what failed; None where nothing has.
+        next_try_s: when it next tries again something that failed; None where nothing has.
         refused: what must not be tried again, with reasons.
         events: whether events of the operating system are heard: `"off"`, `"on"`, or why not.
         is_alive: whether its thread runs.

@@ -31,13 +31,15 @@ from hotglm.release.store import Store
 from hotglm.slot.observer import attach_watcher
 from hotglm.slot.slot import ModuleSlot
 from hotglm.version import Version
-from hotglm.watching.engine import Engine, Requests
+from hotglm.watching.engine import Engine
 from hotglm.watching.follow import parse_follow
 from hotglm.watching.hints import Hints, find_watch
 from hotglm.watching.journal import Journal
 from hotglm.watching.loading import Loader
 from hotglm.watching.policy import DEFAULT_TRIAL_S, Clock, WatchPolicy
 from hotglm.watching.refusals import Refusals
+from hotglm.watching.requests import Requests
+from hotglm.watching.retries import Retries
 from hotglm.watching.scanning import Scanner
 from hotglm.watching.status import WatchState, WatchStatus
 from hotglm.watching.trial import Trials
@@ -110,6 +112,7 @@ class Watcher:
             service=None if service is None else verify_word(service, what="service"),
             is_label=followed.label is not None,
             requests=self._requests,
+            retries=Retries(is_label=followed.label is not None),
             seed=f"{slot.name}/{os.getpid()}",
         )
 
@@ -222,7 +225,7 @@ class Watcher:
     def status(self) -> WatchStatus:
         """Return what it is doing. Costs nothing and waits for nobody."""
         engine, thread = self._engine, self._thread
-        journal, retry, error = engine.journal, engine.retry, engine.journal.error
+        journal, error = engine.journal, engine.journal.error
         return WatchStatus(
             state=journal.state,
             place=engine.scanner.path,
@@ -233,7 +236,7 @@ class Watcher:
             code="" if error is None else error.code,
             error="" if error is None else str(error),
             last_scan_s=journal.last_scan_s,
-            next_try_s=None if retry is None else retry.at_s,
+            next_try_s=engine.retries.find_next_s(),
             refused=engine.refusals.list_all(),
             events="off" if self._hints is None else self._hints.state,
             is_alive=thread is not None and thread.is_alive(),

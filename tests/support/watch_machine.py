@@ -58,6 +58,7 @@ class ShelfMachine(RuleBasedStateMachine):
         self.stack.callback(self.watched.slot.close)
         # The model: what stands there and whether it is whole and good, and what is live.
         self.there: dict[str, bool] = {}
+        self.unreadable: set[str] = set()
         self.live: str | None = None
         self.bytes: Counter[str] = Counter()
         self.refusals: Counter[tuple[str, int]] = Counter()
@@ -108,6 +109,18 @@ class ShelfMachine(RuleBasedStateMachine):
         self.there[version] = False
         self.bytes[version] += 1
 
+    @precondition(lambda self: any(self.there.values()))
+    @rule(number=st.integers(0, 2))
+    def make_unreadable(self, number: int) -> None:
+        """The weights of the highest good releases cannot be read for now, those of all others can."""
+        good = sorted((version for version, is_good in self.there.items() if is_good), key=VERSIONS.index)
+        self.unreadable = set(good[len(good) - number :]) if number else set()
+
+    def _fail_to_read(self, kind: str, _: int, args: tuple[object, ...]) -> None:
+        path = Path(str(args[0])) if kind == "open" else Path()
+        if path.suffix == ".safetensors" and path.parent.name in self.unreadable:
+            raise OSError(errno.EIO, "EIO")
+
     @rule()
     def look_while_the_disk_fails(self) -> None:
         """The watcher looks while nothing can be read."""
@@ -122,8 +135,9 @@ class ShelfMachine(RuleBasedStateMachine):
     @rule()
     def rest(self) -> None:
         """Long enough passes for everything to settle: the watcher agrees with the model."""
-        self.watched.wait(20)
-        good = [version for version, is_good in self.there.items() if is_good]
+        with hooked(self._fail_to_read):
+            self.watched.wait(40)
+        good = [version for version, is_good in self.there.items() if is_good and version not in self.unreadable]
         self.live = max([*good, *([] if self.live is None else [self.live])], key=VERSIONS.index, default=None)
         assert self.watched.status.applied == self.live, (self.there, self.watched.status)
         assert self.watched.serves(0 if self.live is None else VERSIONS.index(self.live) + 1)
@@ -131,6 +145,11 @@ class ShelfMachine(RuleBasedStateMachine):
     @invariant()
     def the_same_bad_bytes_are_staged_once(self) -> None:
         assert all(num <= 1 for num in getattr(self, "refusals", {}).values()), self.refusals
+
+    @invariant()
+    def what_is_half_there_is_not_staged(self) -> None:
+        if hasattr(self, "watched"):
+            assert self.watched.status.code not in ("INCOMPLETE", "MISSING_FILE")
 
     def teardown(self) -> None:
         if hasattr(self, "stack"):
