@@ -30,6 +30,7 @@ from hotglm.release.directory import open_release
 from hotglm.roots import ALGORITHMS, PublicKey, Roots
 from hotglm.trust import judging
 from hotglm.trust.keys import SigningKey, load_algorithms
+from hotglm.trust.opening import create_trust
 from hotglm.trust.policy import Trust
 from hotglm.trust.signing import sign_release, write_roots
 from support.trusted import START, Host, make_key, make_release, make_role, make_roots, pack_tiny
@@ -546,6 +547,19 @@ def test_old_roots_do_not_come_back(host: Host) -> None:
     with pytest.raises(ReplayedError) as caught:
         host.open()
     assert caught.value.code == "ROOTS_ROLLBACK"
+
+
+def test_a_memory_that_lags_does_not_bring_old_roots_back(host: Host, tmp_path: Path) -> None:
+    """Two memories share a roots file: one that takes a version that the other has left leaves the newer file there."""
+    create_trust(host.roots_path, state=tmp_path / "other.json", clock=host.clock)
+    paths = []
+    for version in (2, 3):
+        paths.append(tmp_path / f"roots-{version}.json")
+        write_roots(paths[-1], make_roots(version=version), keys=(make_key("root"),))
+    assert host.open().rotate(*paths).version == 3
+    lagging = Trust(roots_path=str(host.roots_path), state_path=str(tmp_path / "other.json"), clock=host.clock)
+    assert lagging.rotate(paths[0]).version == 3
+    assert host.open().read()[1].version == 3
 
 
 def test_a_host_that_missed_some_takes_them_in_order(host: Host, tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from hotglm.errors import ArgumentError, shorten_repr
+from hotglm.errors import ArgumentError, HotglmError, shorten_repr
 from hotglm.release.directory import Release
 from hotglm.roots import Roots
 from hotglm.trust.files import change_state, read_envelope, read_roots, read_state, write_roots_text
 from hotglm.trust.judging import judge_expiry, judge_replay, judge_signers
 from hotglm.trust.keys import find_signers
-from hotglm.trust.rotation import apply_roots, parse_pinned_roots
+from hotglm.trust.rotation import apply_roots, parse_any_roots, parse_pinned_roots
 from hotglm.trust.state import AcceptedRelease, JournalEntry, SlotRecord, TrustState
 from hotglm.version import Version
 
@@ -229,7 +229,8 @@ class Trust:
             def settle(state: TrustState, text: bytes = text, at: str = at) -> TrustState:
                 after = self._apply(state, text, file=at)
                 # The file first: if this ends in between, the file's roots are the next ones, and are taken then.
-                write_roots_text(self.roots_path, text)
+                if not self._stands_newer(text):
+                    write_roots_text(self.roots_path, text)
                 return after
 
             self._change(settle)
@@ -245,6 +246,14 @@ class Trust:
         return self._load(self._instant(None))
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _stands_newer(self, text: bytes) -> bool:
+        """Tell whether the roots file holds a later version already: another memory that shares it is further on."""
+        try:
+            standing = parse_any_roots(read_roots(self.roots_path), file=self.roots_path)
+        except HotglmError:  # what cannot be read is replaced
+            return False
+        return standing.version > parse_any_roots(text, file=self.roots_path).version
 
     def _load(self, now: datetime) -> tuple[TrustState, Roots]:
         """Return memory and roots; the next roots are taken here, if that is what the file holds."""
