@@ -15,7 +15,7 @@ SHELL := /bin/bash
 
 # The interpreter that .venv is made with; any CPython from 3.11 on, but the pins are tried on 3.11.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-EXTRAS := test,hf,sign,delta,watch,demo,dev
+EXTRAS := test,hf,sign,delta,watch,bench,demo,dev
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -51,10 +51,9 @@ test-all: lint types $(READY)
 	@echo "==> tests, long forms included"
 	@$(RUN) -m pytest $(LONG)
 
-# Peers that are not there are named in the report: bsdiff4 comes with the extra, the program xdelta3 with the system.
+# Peers that are not there are named in the report: the program xdelta3 is the system's.
 bench: $(READY)
 	@echo "==> benchmarks"
-	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS),bench]'
 	@$(RUN) -m benchmarks
 
 lint: $(READY)
