@@ -174,7 +174,7 @@ def run_queued(fakes: FakePlaces, seed: int, directory: Path, *, kind: type[Queu
     return all(bool((found == value).all()) for value, found in seen)
 
 
-@pytest.mark.parametrize("kind", [Queued, Derived])
+@pytest.mark.parametrize("kind", [Queued, pytest.param(Derived, marks=pytest.mark.slow)])
 def test_every_pass_reads_its_own_version(fakes: FakePlaces, tmp_path: Path, kind: type[Queued]) -> None:
     """Whatever the device does when, every queued pass reads the weights of its own generation."""
     assert all(run_queued(fakes, seed, tmp_path, kind=kind) for seed in range(16))

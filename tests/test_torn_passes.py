@@ -36,7 +36,9 @@ def read_now(engine: SlotEngine) -> int:
     return read_version(engine.slot(INPUT))
 
 
-@pytest.mark.parametrize(("readers", "updates"), [(1, 2000), (2, 1000), (4, 300), (8, 40), (16, 60)])
+@pytest.mark.parametrize(
+    ("readers", "updates"), [(1, 2000), (2, 1000), (4, 300), (8, 40), pytest.param(16, 60, marks=pytest.mark.slow)]
+)
 def test_no_pass_is_torn_or_stale(readers: int, updates: int) -> None:
     """F01, F11, F12: with 1 to 16 readers no output mixes versions, is older than the swap before it, or goes back."""
     engine = SlotEngine(PRIMES[0], boundary=dawdle_at_times())

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hotglm
+from hotglm.errors import ThreadStartError
 from hotglm.release.files import open_weights
 from hotglm.slot import loading, staging
 from hotglm.testing.seams import hooked
@@ -152,3 +153,13 @@ def test_a_sum_that_overflows_is_no_alarm(dtype: torch.dtype) -> None:
     found = find_nonfinite(values)
     assert found is not None
     assert (found.num_elements, found.first_index) == (1, 63)
+
+
+def test_a_thread_that_dies_before_it_begins_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K05, K07: without memory for its first frame a thread never begins; that is said, and waited for with a bound."""
+    ran: list[int] = []
+    monkeypatch.setattr(workers, "_START_S", 0.01)
+    monkeypatch.setattr(workers.Worker, "_bootstrap", lambda self: None)
+    with pytest.raises(ThreadStartError, match="did not begin"):
+        workers.start_thread(lambda: ran.append(1), name="stillborn")
+    assert ran == []

@@ -130,6 +130,22 @@ def _find_omp() -> Callable[[int], object] | None:
 _omp = _find_omp()
 
 
+_START_S = 10.0
+"""How long a thread may take to begin before it is taken for one that died on the way."""
+
+
+class _Began(threading.Event):
+    """Set by a thread as it begins. One without memory for its first frame dies before it can, and says so nowhere.
+
+    `Thread.start` waits for this without end (CPython 3.11 to 3.14), and so would the service; here the wait ends.
+    """
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if super().wait(_START_S if timeout is None else timeout):
+            return True
+        raise RuntimeError("the thread did not begin")
+
+
 class Worker(threading.Thread):
     """A daemon thread that knows for whom it works; a thread that it starts works for the same."""
 
@@ -137,6 +153,14 @@ class Worker(threading.Thread):
         """Take what to run; `owner` is that of the calling thread where it is None."""
         super().__init__(target=target, name=name, daemon=True)
         self.owner = owner if owner is not None else find_owner()
+        self.is_given_up = False
+        if isinstance(getattr(self, "_started", None), threading.Event):
+            self._started = _Began()
+
+    def run(self) -> None:
+        """Work, unless whoever started it has given it up because it did not begin in time."""
+        if not self.is_given_up:
+            super().run()
 
 
 def find_owner() -> object | None:
@@ -154,6 +178,7 @@ def start_thread(target: Callable[[], None], *, name: str, owner: object | None 
     try:
         seam.active.start_thread(thread)
     except (RuntimeError, OSError, MemoryError) as error:
+        thread.is_given_up = True
         raise ThreadStartError(
             f"Expected to start thread {name!r}, got {describe_exception(error)}.",
             remedy="raise the limit on threads (RLIMIT_NPROC, the container's pids limit) and stage again.",
