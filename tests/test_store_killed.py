@@ -36,7 +36,7 @@ EVERY_SECOND = ("publish-sharded", "publish-shared", "publish-known", "collect-b
 
 @pytest.mark.parametrize("name", LEAST_CALLS)
 def test_a_killed_change_is_done_or_not(name: str, directory: Path) -> None:
-    """D09, D10: SIGKILL in front of every call leaves the old state or the new one, and the next try works."""
+    """D09, D10: SIGKILL in front of a call leaves the old state or the new one, and the next try works."""
     assert sweep(name, "kill", 2 if name in EVERY_SECOND else 1, directory) >= LEAST_CALLS[name]
 
 
