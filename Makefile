@@ -21,6 +21,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 PIP := $(RUN) -m pip --disable-pip-version-check --no-input
+# Files are dealt to processes, tests of one file stay in order. Long forms run alone: they want the machine.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 LONG := -m "" -o faulthandler_timeout=3600 --hypothesis-profile=long
 
 # Tests and demo use what is on disk only; no hub is asked, and no progress bar is drawn into a log.
@@ -67,7 +69,7 @@ types: $(READY)
 
 unit: $(READY)
 	@echo "==> tests"
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $(PARALLEL)
 
 format: $(READY)
 	@$(RUN) -m ruff check --fix
