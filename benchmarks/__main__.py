@@ -7,9 +7,10 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from benchmarks.bench import MIB, Bench, Row
+from benchmarks.device import PARTS
 from benchmarks.report import describe_load, describe_machine, name_report, to_json, to_markdown
 
 __all__ = ["GROUPS", "main"]
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="hotglm-bench-", dir=options.scratch) as directory:
-        bench = Bench(directory=directory, quick=options.quick, nbytes=(4 if options.quick else options.mib) * MIB)
+        nbytes = (4 if options.quick else options.mib) * MIB
+        bench = Bench(directory=directory, quick=options.quick, nbytes=nbytes, parts=options.parts)
         for group in options.rows:
             print(f"==> {group}", file=sys.stderr, flush=True)
             rows += importlib.import_module(f"benchmarks.{group}").measure(bench)
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rows", type=_split, default=GROUPS, help=f"groups, with commas between: {','.join(GROUPS)}")
+    parser.add_argument("--parts", type=_split_parts, default=(), help=f"of the group device: {','.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, on tiny models: a smoke test")
     parser.add_argument("--out", help="directory of the report; benchmarks/results by default, nowhere with --quick")
     parser.add_argument("--scratch", help="directory for files of weights (6 GiB); the system's own by default")
@@ -68,11 +71,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _split(text: str) -> tuple[str, ...]:
-    groups = tuple(text.split(","))
-    unknown = [group for group in groups if group not in GROUPS]
+    return _pick(text, GROUPS, "group")
+
+
+def _split_parts(text: str) -> tuple[str, ...]:
+    return _pick(text, PARTS, "part")
+
+
+def _pick(text: str, known: Collection[str], what: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no such group: {', '.join(unknown)}")
-    return groups
+        raise argparse.ArgumentTypeError(f"no such {what}: {', '.join(unknown)}")
+    return names
 
 
 def _write(directory: str | None, stem: str, texts: dict[str, str]) -> None:

@@ -26,11 +26,13 @@ class Bench:
         directory: scratch space; weights are written there once and shared by the groups.
         quick: whether this is the smoke test, whose figures mean nothing.
         nbytes: size of the model that the figures are about.
+        parts: of the group `device`, those that are wanted; all, where none is named.
     """
 
     directory: str
     quick: bool = False
     nbytes: int = 1024 * MIB
+    parts: tuple[str, ...] = ()
 
     def size(self, nbytes: int) -> int:
         """Return a size that goes with a model of 1 GiB, in proportion to the size of this run."""

@@ -1,372 +1,76 @@
-"""A model on a CUDA device: from a file in the page cache to a ready spare, the commit, the service's tail, the memory.
+"""A model on a CUDA device: the rows of several modules over one setting, or one row that says that there is no device.
 
-Where there is no device the group says so, in one row without a target. On a device the model is at least 14 GB of
-bfloat16, made on the spot in /dev/shm where that has room. Every row stands beside its peer, measured in the same run:
-the machine's own rate from pinned memory, `safetensors.torch.load_file(device="cuda")`, `load_state_dict` under a lock,
-and the same service without an update. Nothing here has been run on a device yet.
+Rules this module keeps: time on a device is rare. A part that fails says so in a row of its own, and the others are
+measured; each row is printed as soon as it is there; and `--parts` names those that are wanted. Nothing here has been
+run on a device yet.
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import shutil
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from statistics import quantiles
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-import hotglm
-from benchmarks.bench import MIB, Bench, Row, Sample, alternate, at_least, at_most, describe_size
+from benchmarks import device_flip
+from benchmarks.bench import Bench, Row, Sample
+from benchmarks.device_setting import Setting, open_scratch
 
-__all__ = ["measure"]
+__all__ = ["PARTS", "gather", "measure"]
 
-_FULL_NBYTES = 14 << 30
-_QUICK_NBYTES = 64 * MIB
-_SIDE = 8192
-_LOAD = 0.7
-_PIN_NBYTES = 1 << 30
+_Part: TypeAlias = Callable[[Bench, Setting], list[Row]]
+
+PARTS: dict[str, _Part] = {
+    "flip": device_flip.measure,
+}
+"""What is measured, by the name that `--parts` takes, in the order of the table."""
 
 
 def measure(bench: Bench) -> list[Row]:
-    """Return the rows of issue 3 that concern staging and flips, or one that says that there is no device."""
+    """Return the rows of all parts that are wanted, or one that says that there is no device."""
     if not torch.cuda.is_available():
-        return [_absent()]
-    with _scratch(bench) as directory:
-        setting = _Setting.make(bench, directory)
-        return [
-            *_staging(bench, setting),
-            *_commit(bench, setting),
-            _tail(bench, setting),
-            _first_pass(bench, setting),
-            _memory(bench, setting),
-        ]
+        return [_say("no device: nothing was measured", note="torch sees no CUDA device on this machine")]
+    wanted = {name: part for name, part in PARTS.items() if name in (bench.parts or PARTS)}
+    with open_scratch(bench) as directory:
+        return gather(wanted, bench, Setting.make(bench, directory))
 
 
-def _absent() -> Row:
+def gather(parts: Mapping[str, _Part], bench: Bench, setting: Setting) -> list[Row]:
+    """Return the rows of each part; of one that fails, a row that says why. Memory is given back between them."""
+    rows: list[Row] = []
+    for name, part in parts.items():
+        print(f"==> device: {name}", file=sys.stderr, flush=True)
+        found = _measure(name, part, bench, setting)
+        for row in found:
+            print(f"    {row.name}: {row.ratio:.4g} {row.ratio_name} {row.target}", file=sys.stderr, flush=True)
+        rows += found
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _measure(name: str, part: _Part, bench: Bench, setting: Setting) -> list[Row]:
+    try:
+        return part(bench, setting)
+    except Exception as error:  # noqa: BLE001 - whatever one part dies of must not cost the rows of the others
+        traceback.print_exc()
+        return [_say(f"part {name!r} failed", note=f"{type(error).__name__}: {error}")]
+
+
+def _say(name: str, *, note: str) -> Row:
     nothing = Sample.of([0.0])
     return Row(
         group="device",
-        name="no device: nothing was measured",
+        name=name,
         hotglm=nothing,
         peer=nothing,
         peer_name="none",
         unit="x",
         ratio=0.0,
         ratio_name="none",
-        note="torch sees no CUDA device on this machine",
-    )
-
-
-@contextmanager
-def _scratch(bench: Bench) -> Iterator[str]:
-    """Yield a directory in memory with room for two models, else that of the run."""
-    needs = 2 * (_QUICK_NBYTES if bench.quick else _FULL_NBYTES) + (1 << 30)
-    if not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free < needs:  # noqa: S108 - it is asked first
-        yield bench.directory
-        return
-    with tempfile.TemporaryDirectory(prefix="hotglm-bench-", dir="/dev/shm") as directory:
-        yield directory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Setting:
-    """Two files of one layout, and what it takes to build a model of it."""
-
-    paths: tuple[str, str]
-    nbytes: int
-    num_layers: int
-    side: int
-
-    @classmethod
-    def make(cls, bench: Bench, directory: str) -> _Setting:
-        """Write the files; they stay in the page cache."""
-        nbytes, side = (_QUICK_NBYTES, 1024) if bench.quick else (_FULL_NBYTES, _SIDE)
-        num_layers = -(-nbytes // (2 * side * side))
-        paths = (os.path.join(directory, "device-0.safetensors"), os.path.join(directory, "device-1.safetensors"))
-        for seed, path in enumerate(paths):
-            generator = torch.Generator("cuda").manual_seed(seed)
-            scale = (6 / side) ** 0.5
-            state = {
-                f"layers.{index}.weight": torch.empty(side, side, dtype=torch.bfloat16, device="cuda")
-                .uniform_(-scale, scale, generator=generator)
-                .cpu()
-                for index in range(num_layers)
-            }
-            save_file(state, path)
-        return cls(paths=paths, nbytes=2 * side * side * num_layers, num_layers=num_layers, side=side)
-
-    def build(self) -> nn.Module:
-        """Return a model on the device, with whatever weights."""
-        return _Stack(self.side, self.num_layers)
-
-    def slot(self) -> hotglm.ModuleSlot:
-        """Return a slot that has been updated twice, so that both arenas and the ring are there."""
-        policy = hotglm.StagePolicy(num_threads=os.cpu_count(), reuse=False)
-        slot = hotglm.ModuleSlot(self.build(), name="m", version="1.0.0", policy=policy)
-        for number in (1, 2):
-            slot.update(self.paths[number % 2], version=f"1.0.{number}")
-        return slot
-
-
-class _Stack(nn.Module):
-    def __init__(self, side: int, num_layers: int) -> None:
-        super().__init__()
-        with torch.device("meta"):
-            self.layers = nn.ModuleList(
-                nn.Linear(side, side, bias=False, dtype=torch.bfloat16) for _ in range(num_layers)
-            )
-        self.to_empty(device="cuda")
-        self.requires_grad_(requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = torch.relu(layer(x))
-        return x
-
-
-def _timed(action: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def _pinned_rate() -> float:
-    """Return the machine's own rate from pinned memory, in bytes a second: the best of ten copies of 1 GiB."""
-    host = torch.empty(_PIN_NBYTES, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(_PIN_NBYTES, dtype=torch.uint8, device="cuda")
-    return _PIN_NBYTES / min(_timed(lambda: device.copy_(host, non_blocking=True)) for _ in range(10))
-
-
-def _staging(bench: Bench, setting: _Setting) -> list[Row]:
-    slot = setting.slot()
-    policies = {
-        "plain": hotglm.StagePolicy(digest=False, finite=False, reuse=False, num_threads=os.cpu_count()),
-        "verified": hotglm.StagePolicy(reuse=False, num_threads=os.cpu_count()),
-    }
-
-    def stage(kind: str) -> float:
-        return _timed(lambda: slot.stage(setting.paths[0], version="1.1.0", policy=policies[kind]).discard())
-
-    def load() -> float:
-        duration = _timed(lambda: load_file(setting.paths[0], device="cuda"))
-        torch.cuda.empty_cache()
-        return duration
-
-    found = alternate(
-        {"plain": lambda: stage("plain"), "verified": lambda: stage("verified"), "load_file": load},
-        rounds=bench.rounds(5),
-    )
-    pinned = Sample.of([setting.nbytes / _pinned_rate()])
-    size = describe_size(setting.nbytes)
-    plain, verified = found["plain"], found["verified"]
-    return [
-        _row(
-            f"file (page cache) to ready spare, {size}",
-            ours=plain,
-            peer=pinned,
-            peer_name="the machine's own copy from pinned memory",
-            ratio=pinned.median / plain.median,
-            ratio_name="rate / pinned rate",
-            limit=0.9,
-        ),
-        _row(
-            f"file (page cache) to ready spare, {size}",
-            ours=plain,
-            peer=found["load_file"],
-            peer_name='safetensors load_file(device="cuda")',
-            ratio=found["load_file"].median / plain.median,
-            ratio_name="peer / hotglm",
-            limit=5,
-        ),
-        _row(
-            f"the same, hashed and searched for NaN, {size}",
-            ours=verified,
-            peer=plain,
-            peer_name="without",
-            ratio=plain.median / verified.median,
-            ratio_name="rate / rate without",
-            limit=0.9,
-        ),
-    ]
-
-
-def _row(name: str, *, ours: Sample, peer: Sample, peer_name: str, ratio: float, ratio_name: str, limit: float) -> Row:
-    return Row(
-        group="device",
-        name=name,
-        hotglm=ours,
-        peer=peer,
-        peer_name=peer_name,
-        unit="ms",
-        ratio=ratio,
-        ratio_name=ratio_name,
-        target=f">= {limit}x",
-        met=at_least(ratio, limit),
-    )
-
-
-def _commit(bench: Bench, setting: _Setting) -> list[Row]:
-    slot, lock, peer = setting.slot(), threading.Lock(), setting.build()
-    ours: list[float] = []
-    for number in range(bench.rounds(7)):
-        staged = slot.stage(setting.paths[number % 2], version=f"1.1.{number}")
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        slot.commit(staged)
-        ours.append(time.perf_counter() - started)
-
-    def load() -> None:
-        with lock:
-            peer.load_state_dict(load_file(setting.paths[0], device="cuda"))
-
-    theirs = Sample.of([_timed(load) for _ in range(bench.rounds(3))])
-    sample = Sample.of(ours)
-    row = {"group": "device", "hotglm": sample, "unit": "us"}
-    ratio = theirs.median / sample.median
-    return [
-        Row(
-            **row,  # type: ignore[arg-type]
-            name="commit, flip",
-            peer=theirs,
-            peer_name="load_state_dict(load_file) under a lock",
-            ratio=ratio,
-            ratio_name="peer / hotglm",
-            target=">= 1000x",
-            met=at_least(ratio, 1000),
-        ),
-        Row(
-            **row,  # type: ignore[arg-type]
-            name="commit, flip, by itself",
-            peer=sample,
-            peer_name="none: an absolute limit",
-            ratio=sample.median * 1e6,
-            ratio_name="us",
-            target="< 50 us",
-            met=sample.median < 50e-6,
-        ),
-    ]
-
-
-def _tail(bench: Bench, setting: _Setting) -> Row:
-    """Compare the 99th percentile of a service at 70 % load with and without updates beside it."""
-    slot = setting.slot()
-    x = torch.randn(8, setting.side, dtype=torch.bfloat16, device="cuda")
-    for _ in range(3):
-        slot(x)
-    busy_s = min(_timed(lambda: slot(x)) for _ in range(10))
-    seconds = 0.5 if bench.quick else 20.0
-    steady = _serve(slot, x, busy_s / _LOAD, seconds)
-    stop = threading.Event()
-
-    def update() -> None:
-        number = 0
-        while not stop.is_set():
-            number += 1
-            slot.update(setting.paths[number % 2], version=f"1.2.{number}")
-
-    thread = threading.Thread(target=update)
-    thread.start()
-    during = _serve(slot, x, busy_s / _LOAD, seconds)
-    stop.set()
-    thread.join()
-    ours, peer = _percentile(during), _percentile(steady)
-    return Row(
-        group="device",
-        name="p99 of a service at 70 % load during staging and commits",
-        hotglm=Sample.of([ours]),
-        peer=Sample.of([peer]),
-        peer_name="the same service at rest",
-        unit="ms",
-        ratio=ours / peer,
-        ratio_name="hotglm / peer",
-        target="<= 1.1x",
-        met=at_most(ours / peer, 1.1),
-        note=f"{len(during)} passes beside updates, {len(steady)} at rest",
-    )
-
-
-def _serve(slot: nn.Module, x: torch.Tensor, every_s: float, seconds: float) -> list[float]:
-    """Return what each pass took, one begun every `every_s`, or as soon as the one before has ended."""
-    taken: list[float] = []
-    due = time.perf_counter()
-    end = due + seconds
-    while due < end:
-        while time.perf_counter() < due:
-            time.sleep(max(0.0, min(1e-3, due - time.perf_counter())))
-        started = time.perf_counter()
-        slot(x)
-        torch.cuda.current_stream().synchronize()
-        taken.append(time.perf_counter() - started)
-        due = max(due + every_s, time.perf_counter())
-    return taken
-
-
-def _percentile(values: list[float]) -> float:
-    return quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
-
-
-def _first_pass(bench: Bench, setting: _Setting) -> Row:
-    x = torch.randn(8, setting.side, dtype=torch.bfloat16, device="cuda")
-    slot, first, steady = setting.slot(), [], []
-    for number in range(bench.rounds(7)):
-        slot.update(setting.paths[number % 2], version=f"1.3.{number}")
-        first.append(_timed(lambda: slot(x)))
-        steady += [_timed(lambda: slot(x)) for _ in range(5)]
-    path = setting.paths[(bench.rounds(7) - 1) % 2]
-    cold = setting.build()
-    cold.load_state_dict(load_file(path, device="cuda"))
-    assert torch.equal(cold(x), slot(x)), "a swap must give what a cold load gives, bit for bit"
-    ours, peer = Sample.of(first), Sample.of(steady)
-    return Row(
-        group="device",
-        name="first pass after the swap, eager",
-        hotglm=ours,
-        peer=peer,
-        peer_name="a steady pass",
-        unit="ms",
-        ratio=ours.median / peer.median,
-        ratio_name="first / steady",
-        target="<= 1.05x",
-        met=at_most(ours.median / peer.median, 1.05),
-        note="outputs equal those of a cold load, bit for bit",
-    )
-
-
-def _memory(bench: Bench, setting: _Setting) -> Row:
-    """Swap 200 times and hold reserved memory, and the peak, against what they may be."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    slot, x = setting.slot(), torch.randn(8, setting.side, dtype=torch.bfloat16, device="cuda")
-    reserved: list[float] = []
-    for number in range(6 if bench.quick else 200):
-        slot.update(setting.paths[number % 2], version=f"1.4.{number}")
-        slot(x)
-        if number == 2:
-            torch.cuda.reset_peak_memory_stats()
-        reserved.append(torch.cuda.memory_reserved() / MIB)
-    peak = (torch.cuda.max_memory_allocated() - before) / setting.nbytes
-    ratio = reserved[-1] / reserved[2]
-    return Row(
-        group="device",
-        name=f"reserved device memory over {len(reserved)} swaps",
-        hotglm=Sample.of(reserved[3:]),
-        peer=Sample.of([reserved[2]]),
-        peer_name="after the third swap",
-        unit="MiB",
-        ratio=ratio,
-        ratio_name="last / third",
-        target="grows <= 1 %",
-        met=at_most(ratio, 1.01),
-        note=f"peak of {peak:.2f} models",
+        note=" ".join(note.split()),
     )

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,7 +30,7 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def describe_machine() -> dict[str, str]:
     """Return who runs this, on what, with which versions, and how busy the machine is now."""
-    return {
+    found = {
         "run by": f"{_ask_git('config', 'user.name') or getpass.getuser()} (`python -m benchmarks`)",
         "at": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _describe_commit(),
@@ -39,6 +40,16 @@ def describe_machine() -> dict[str, str]:
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "safetensors")),
         "load before": describe_load(),
     }
+    return {**found, **({"devices": devices} if (devices := _describe_devices()) else {})}
+
+
+def _describe_devices() -> str:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ""
+    query = [command, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    return "; ".join(done.stdout.splitlines()) if done.returncode == 0 else ""
 
 
 def describe_load() -> str:

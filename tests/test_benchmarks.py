@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import device
 from benchmarks.__main__ import GROUPS, main
 from benchmarks.bench import Bench, Row, Sample, alternate
+from benchmarks.device_setting import Setting
 from benchmarks.report import name_report, to_json, to_markdown
 from benchmarks.worker import Worker, WorkerError
 
@@ -70,7 +72,7 @@ def test_the_report_says_who_ran_what_where(report: Path) -> None:
     """Runner, time, commit, machine, system, versions and load stand in the report; cores and date in its name."""
     data = _read(report)
     wanted = {"run by", "at", "commit", "machine", "system", "versions", "load before", "load after", "quick"}
-    assert set(data["machine"]) == wanted
+    assert set(data["machine"]) - {"devices"} == wanted
     assert all(data["machine"].values())
     assert next(report.glob("*.md")).stem == next(report.glob("*.json")).stem == name_report(data["machine"])
 
@@ -95,6 +97,38 @@ def test_an_unknown_group_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["--rows", "call,nonsense"])
     assert "no such group: nonsense" in capsys.readouterr().err
+
+
+def test_an_unknown_part_of_the_group_of_devices_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """A part that does not exist is named."""
+    with pytest.raises(SystemExit):
+        main(["--rows", "device", "--parts", "flip,nonsense"])
+    assert "no such part: nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a device")
+def test_without_a_device_the_group_says_so_in_one_row(tmp_path: Path) -> None:
+    """Every part is there to be imported, and one row without a target says that nothing was measured."""
+    (row,) = device.measure(Bench(directory=str(tmp_path)))
+    assert row.name.startswith("no device")
+    assert row.met is None
+    assert set(device.PARTS) >= {"flip"}
+
+
+def test_a_part_of_the_group_of_devices_that_fails_costs_no_other_row(tmp_path: Path) -> None:
+    """A part that raises leaves a row that says why, and the parts after it are measured."""
+    setting = Setting(paths=("a", "b"), nbytes=1, num_layers=1, side=1)
+    one = Sample.of([1.0])
+    row = Row(group="device", name="x", hotglm=one, peer=one, peer_name="x", unit="x", ratio=1.0, ratio_name="x")
+
+    def fail(bench: Bench, setting: Setting) -> list[Row]:
+        raise RuntimeError("no\nluck")
+
+    failed, measured = device.gather(
+        {"bad": fail, "good": lambda bench, setting: [row]}, Bench(directory=str(tmp_path)), setting
+    )
+    assert (failed.name, failed.note, failed.met) == ("part 'bad' failed", "RuntimeError: no luck", None)
+    assert measured is row
 
 
 def test_a_child_process_answers_and_fails_aloud(tmp_path: Path) -> None:
