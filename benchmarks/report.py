@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.bench import Row, Sample
@@ -28,10 +28,16 @@ _SYMBOLS = {"us": "µs", "x": "x"}
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def describe_machine() -> dict[str, str]:
-    """Return who runs this, on what, with which versions, and how busy the machine is now."""
+def describe_machine(rows: Sequence[str] = ()) -> dict[str, str]:
+    """Return who runs this, on what, with which versions, and how busy the machine is now.
+
+    Args:
+        rows: the groups that are measured; empty means all.
+    """
+    command = " ".join(["python -m benchmarks", *(["--rows " + ",".join(rows)] if rows else [])])
     found = {
-        "run by": f"{_ask_git('config', 'user.name') or getpass.getuser()} (`python -m benchmarks`)",
+        "run by": f"{_ask_git('config', 'user.name') or getpass.getuser()} (`{command}`)",
+        **({"rows": ",".join(rows)} if rows else {}),
         "at": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _describe_commit(),
         "machine": f"{_read_field('/proc/cpuinfo', 'model name')}, {len(os.sched_getaffinity(0))} cores, "
@@ -57,7 +63,7 @@ def describe_load() -> str:
     with open("/proc/stat") as file:
         ticks = [int(word) for word in file.readline().split()[1:9]]
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
-    return f"{load} (1, 5, 15 min), {100 * ticks[7] / sum(ticks):.2f} % stolen since boot"
+    return f"{load} (1, 5, 15 min), {100 * ticks[7] / max(1, sum(ticks)):.2f} % stolen since boot"
 
 
 def _describe_commit() -> str:
@@ -81,14 +87,21 @@ def _read_field(path: str, key: str) -> str:
 
 
 def name_report(machine: Mapping[str, str]) -> str:
-    """Return the stem of a report's files: processor kind, cores, date.
+    """Return the stem of a report's files: device or cores, date, and the groups where it has not all of them.
 
     Example:
         >>> name_report({"machine": "AMD EPYC, 2 cores, 23 GiB", "at": "2026-11-20 12:00 UTC"})
         'cpu-2core-2026-11-20'
+        >>> name_report({"devices": "NVIDIA H200, 143771 MiB", "rows": "device", "at": "2026-11-20 12:00 UTC"})
+        'nvidia-h200-2026-11-20-device'
     """
-    cores = re.search(r"(\d+) cores", machine["machine"])
-    return f"cpu-{cores.group(1) if cores else '?'}core-{machine['at'].split()[0]}"
+    if "devices" in machine:
+        where = re.sub(r"[^a-z0-9]+", "-", machine["devices"].partition(",")[0].lower())
+    else:
+        cores = re.search(r"(\d+) cores", machine["machine"])
+        where = f"cpu-{cores.group(1) if cores else '?'}core"
+    rows = machine.get("rows", "").replace(",", "-")
+    return "-".join(part for part in (where, machine["at"].split()[0], rows) if part)
 
 
 def to_markdown(rows: Iterable[Row], machine: Mapping[str, str]) -> str:
