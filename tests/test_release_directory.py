@@ -196,17 +196,21 @@ def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
-    """A path that is missing, a file or no path at all gets a typed error."""
+    """A path that is missing, a file, a store or no path at all gets a typed error."""
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "missing", tmp_path / "file"):
-        assert not is_release(str(path))
-        with pytest.raises(SourceReadError):
-            open_release(path)
+    for name, expected in (("missing", "check the path"), ("file", "hotglm pack")):
+        assert not is_release(str(tmp_path / name))
+        with pytest.raises(SourceReadError, match=expected) as unread:
+            open_release(tmp_path / name)
+        assert unread.value.code == "NOT_FOUND"
     with pytest.raises(ArgumentError):
         open_release(3)  # type: ignore[arg-type]  # what is tested
     with pytest.raises(ReleaseError) as refusal:
         open_release(tmp_path)
     assert refusal.value.code == "INCOMPLETE"
+    hotglm.open_store(tmp_path / "store", creates=True)
+    with pytest.raises(ReleaseError, match=r"got a store of releases, .* `hotglm log`"):
+        open_release(tmp_path / "store")
 
 
 # -- as a source -------------------------------------------------------------------------------------------------------

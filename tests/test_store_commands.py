@@ -43,6 +43,10 @@ def test_a_label_is_moved_shown_and_removed(store: Store, capsys: pytest.Capture
     assert document["label"]["moves"][0]["release"]["version"] == "1.2.0"
     assert run("label", "models", "canary", "--remove", "--expect", "1.2.0", "--json") == 0
     assert read_json(capsys)["label"] is None
+    assert run("label", "models", "canary", "stable") == run("label", "models", "canary", "--remove") == 0
+    assert "removed label canary" in capsys.readouterr().out
+    assert run("label", "models", "canray", "--remove") == 1
+    assert capsys.readouterr().out == "no label 'canray'\n"
     assert set(store.read_labels()) == {"stable"}
 
 

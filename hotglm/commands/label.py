@@ -33,9 +33,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     _verify_arguments(arguments)
     store = open_store(arguments.store)
-    if arguments.remove:
-        _remove(store, arguments)
-    elif arguments.target is not None:
+    was_removed = arguments.remove and _remove(store, arguments)
+    if arguments.target is not None:
         _move(store, arguments)
     label = store.read_label(arguments.label)
     if arguments.json:
@@ -44,8 +43,8 @@ def _run(arguments: argparse.Namespace) -> int:
             {"path": store.path, "name": arguments.label, "label": None if label is None else write_record(label)},
         )
     else:
-        print(_show(arguments.label, label))
-    return OK if label is not None or arguments.remove else NO
+        print(f"removed label {arguments.label}" if was_removed else _show(arguments.label, label))
+    return OK if label is not None or was_removed else NO
 
 
 def _verify_arguments(arguments: argparse.Namespace) -> None:
@@ -72,8 +71,11 @@ def _move(store: Store, arguments: argparse.Namespace) -> None:
         )
 
 
-def _remove(store: Store, arguments: argparse.Namespace) -> None:
+def _remove(store: Store, arguments: argparse.Namespace) -> bool:
+    """Remove the label; return whether it was there."""
+    was_there = store.read_label(arguments.label) is not None
     store.remove_label(arguments.label, expected=... if arguments.expect is None else arguments.expect)
+    return was_there
 
 
 def _show(name: str, label: Label | None) -> str:

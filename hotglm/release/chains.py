@@ -21,9 +21,9 @@ from hotglm.delta_plan import MAX_CHAIN, ChainPlan, ChainPlanner, Link, TensorId
 from hotglm.errors import SourceError, SourceReadError
 from hotglm.progress import Progress
 from hotglm.release.closing import Closing
-from hotglm.release.directory import Release, is_release, open_release
+from hotglm.release.directory import STORE_MARKER, Release, is_release, open_release
 from hotglm.release.reading import list_directory, read_status
-from hotglm.release.store_reading import STORE_MARKER, release_name
+from hotglm.release.store_reading import release_name
 
 __all__ = ["Chain", "find_base", "open_chain", "verify_chain"]
 

@@ -50,7 +50,10 @@ from hotglm.release.reading import (
 )
 from hotglm.release.tree import REMEDY, report_release, verify_tree
 
-__all__ = ["Release", "cut_side_file", "cut_weight_file", "is_release", "open_release"]
+__all__ = ["STORE_MARKER", "Release", "cut_side_file", "cut_weight_file", "is_release", "open_release"]
+
+STORE_MARKER = "hotglm-store.json"
+"""The file that makes a directory a store of releases; written last when one is made."""
 
 _BATCH = 64
 """How many side files are open at once."""
@@ -310,6 +313,8 @@ def is_release(path: str) -> bool:
 def _take_lease(directory: str, *, stack: ExitStack) -> None:
     try:
         fd = lock_directory(directory)
+    except NotADirectoryError as error:
+        raise _refuse_file(error, directory) from error
     except (OSError, ValueError) as error:
         raise read_error(error, path=directory) from error
     if fd is None:
@@ -318,6 +323,18 @@ def _take_lease(directory: str, *, stack: ExitStack) -> None:
         )
         raise SourceReadError(f"Cannot read {shorten_repr(directory)}.", problems=[problem], remedy="choose another.")
     stack.callback(close_quietly, fd)
+
+
+def _refuse_file(error: OSError, path: str) -> SourceReadError:
+    message = "Expected a release, which is a directory, got a file."
+    refusal = SourceReadError(
+        f"Cannot read {shorten_repr(path)}.",
+        problems=[Problem(code="NOT_FOUND", message=message, file=path)],
+        remedy="make a release of it with `hotglm pack`, or check the path.",
+    )
+    refusal.errno = error.errno
+    refusal.filename = path
+    return refusal
 
 
 def _read_manifest(directory: str, at: str) -> bytes:
@@ -332,6 +349,8 @@ def _read_manifest(directory: str, at: str) -> bytes:
         message = (
             f"Expected {MANIFEST_NAME!r}, which is written last, got none: this is no release, or not a whole one."
         )
+        if os.path.lexists(os.path.join(directory, STORE_MARKER)):
+            message = "Expected a release, got a store of releases, one of which is meant: `hotglm log` shows them."
         report.stop("INCOMPLETE", message)
 
 

@@ -12,9 +12,9 @@ import os
 
 from hotglm import seam
 from hotglm.errors import ArgumentError, Problem, SourceError, SourceReadError, StoreError, shorten_repr
+from hotglm.release.directory import STORE_MARKER
 from hotglm.release.reading import read_document
 from hotglm.release.store import Store
-from hotglm.release.store_reading import STORE_MARKER
 from hotglm.release.writing import flush_directory, make_directories, replace_whole, writing
 
 __all__ = ["open_store"]

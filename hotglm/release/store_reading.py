@@ -25,10 +25,7 @@ from hotglm.release.reading import list_directory
 from hotglm.release.writing import writing
 from hotglm.version import Version
 
-__all__ = ["STORE_MARKER", "StoreReader", "StoredRelease", "release_name"]
-
-STORE_MARKER = "hotglm-store.json"
-"""The file that makes a directory a store; written last when one is made."""
+__all__ = ["StoreReader", "StoredRelease", "release_name"]
 
 _NAME = re.compile(r"([0-9]{9,16})-(.+)")
 _LEDGER_SUFFIX = ".json"
