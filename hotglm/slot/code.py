@@ -14,19 +14,19 @@ Rules this module keeps:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from hotglm.comparison import find_unfilled
 from hotglm.contract import Contract
 from hotglm.errors import DefinitionError, MigrationError, NoPathError
 from hotglm.migration.registry import Migrations
+from hotglm.model.building import unfilled
 from hotglm.model.derived import Marks
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import Definition, find_definition, find_definitions, find_migrations, read_config
@@ -263,7 +263,7 @@ def _build(definition: Definition, question: Question, adapted: _Adapted | None 
     offer, gap = adapted or _adapt(question, definition)
     live = question.live
     config = offer.config if offer.config is not None else _find_live_config(question, definition)
-    with torch.inference_mode(mode=False), torch.enable_grad(), _SkipInitialisers():
+    with unfilled():
         module = definition.build(config)
     dtype = _find_only_dtype(offer.contract, live.contract)
     if dtype is None and question.converts_dtypes and _find_only_dtype(contract_of(module)) is not None:
@@ -304,38 +304,3 @@ def _find_only_dtype(*contracts: Contract) -> torch.dtype | None:
         if TORCH_DTYPES[spec.dtype].is_floating_point
     }
     return used.pop() if len(used) == 1 else None
-
-
-_FILLS = frozenset(
-    {"normal_", "uniform_", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "random_"}
-    | {"kaiming_normal_", "kaiming_uniform_"}  # torch hides what these call from the mode
-)
-_DRAWS = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"})
-
-
-class _SkipInitialisers(TorchFunctionMode):
-    """Leaves parameters as they were allocated and draws the rest from its own generator, in this thread only.
-
-    The service's generator must not move because a model is loaded (its dropout would change), and weights that are
-    about to be filled from a source need no values.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._generator = torch.Generator().manual_seed(0)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name, options = getattr(func, "__name__", ""), dict(kwargs or {})
-        filled = args[0] if args else options.get("tensor")
-        if name in _FILLS and isinstance(filled, nn.Parameter):
-            return filled
-        if args and name.removesuffix("_like") in _DRAWS - {name}:  # not every torch gives these a generator
-            options = {"dtype": args[0].dtype, "device": args[0].device, **options}
-            func, args = getattr(torch, name.removesuffix("_like")), (*args[1:], args[0].shape)
-        elif name not in _FILLS | _DRAWS:
-            return func(*args, **options)
-        if options.get("generator") is None:
-            options["generator"] = self._generator
-        return func(*args, **options)

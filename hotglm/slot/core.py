@@ -44,9 +44,9 @@ from hotglm.slot.receipt import Receipt
 from hotglm.slot.settings import SlotSettings, StageOptions
 from hotglm.slot.source import Source
 from hotglm.slot.spare import Spares
+from hotglm.slot.stage_request import StageRequest
 from hotglm.slot.staged import RECEIPT_PARTS, Staged, StageRecord
 from hotglm.slot.stager import Stager, clear_frames
-from hotglm.slot.staging import StageRequest
 from hotglm.version import Version
 from hotglm.weights import places
 from hotglm.weights.workers import Cancellation, yield_gil

@@ -36,8 +36,9 @@ from hotglm.problem import describe_exception
 from hotglm.progress import Progress
 from hotglm.slot.memory import verify_room
 from hotglm.slot.spare import Spares
+from hotglm.slot.stage_request import StageRequest
 from hotglm.slot.staged import Staged, StageRecord
-from hotglm.slot.staging import StageRequest, stage_version
+from hotglm.slot.staging import stage_version
 from hotglm.weights.workers import Cancellation, find_owner, start_thread
 
 __all__ = ["Stager", "clear_frames"]

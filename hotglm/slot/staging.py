@@ -13,79 +13,41 @@ Rules this module keeps:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
 from hotglm.contract import Contract
-from hotglm.errors import ArgumentError, Problem, RefreshError
-from hotglm.migration.registry import Migrations
+from hotglm.errors import Problem, RefreshError
 from hotglm.model.compilations import counting, forget_compiled
-from hotglm.model.compiled import adopt_compiled, compile_as, is_compiled
+from hotglm.model.compiled import adopt_compiled, compile_as
 from hotglm.model.derived import Marks
 from hotglm.model.extents import lay_out
-from hotglm.model.grad_mode import GradMode
 from hotglm.model.inspection import StateEntry, contract_of, find_state
-from hotglm.model.registry import find_definition
 from hotglm.model.twin import Twin, copy_module, verify_copyable
-from hotglm.progress import Progress
-from hotglm.release.environment import read_environment
-from hotglm.slot.admission import Admission
-from hotglm.slot.checks import COMPILES_LATER, StagePolicy, promise_outputs, run_checks
-from hotglm.slot.code import Code, Question, choose_code
+from hotglm.slot.checks import run_checks
+from hotglm.slot.code import Code
+from hotglm.slot.deciding import decide_code
 from hotglm.slot.generation import Generation
 from hotglm.slot.loading import Loading
-from hotglm.slot.migrating import describe_gap, hides_values
 from hotglm.slot.refreshing import refresh_derived
-from hotglm.slot.source import Offer, Source, open_source, verify_digests
+from hotglm.slot.source import Offer, open_source
 from hotglm.slot.spare import Spares, TakenSpare
+from hotglm.slot.stage_request import StageRequest
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.targets import find_targets
-from hotglm.slot.wrapped import verify_wrappers
-from hotglm.trust.policy import Trust
-from hotglm.verdict import Candidate, decide
-from hotglm.version import Bump, Version
+from hotglm.version import Version
 from hotglm.weights import places
-from hotglm.weights.arena import Arena, Lease
+from hotglm.weights.arena import Lease
 from hotglm.weights.digest import combine_digests
-from hotglm.weights.places import Streams
-from hotglm.weights.plan import CHUNK_NBYTES
 from hotglm.weights.proof import Loaded, Target
-from hotglm.weights.workers import Cancellation, count_cores, run_tasks
 
-__all__ = ["StageRequest", "stage_version"]
+__all__ = ["stage_version"]
 
-_MAX_THREADS = 4
 _LABEL_LENGTH = 12
 """Hexadecimal digits of the digest in the local label of a version that weights did not carry themselves."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageRequest:
-    """Everything a stage needs to know, settled before its thread starts."""
-
-    source: Source
-    version: Version | None
-    name: str
-    accept: Bump
-    policy: StagePolicy
-    constants: tuple[str, ...]
-    digests: Mapping[str, str]
-    config: Mapping[str, Any] | None
-    refresh: Callable[[nn.Module], object] | None
-    migrations: Migrations | None
-    trust: Trust | None
-    mode: GradMode
-    streams: Streams
-    live: Generation
-    number: int
-    owner: Admission
-    cancellation: Cancellation
-    report: Callable[[Progress], object]
-    on_discard: Callable[[Staged], object]
 
 
 def stage_version(request: StageRequest, spares: Spares, record: StageRecord) -> Staged:
@@ -99,6 +61,8 @@ def stage_version(request: StageRequest, spares: Spares, record: StageRecord) ->
         with record.timed("open"):
             offer = open_source(request.source, trust=request.trust)
             stack.callback(offer.close)
+        record.source, record.version = offer.label, request.version or offer.version
+        request = replace(request, version=record.version)
         return _Stage(request, spares, record, offer).run(stack)
 
 
@@ -110,16 +74,18 @@ class _Stage:
         self._spares = spares
         self._record = record
         self._offer = offer
-        record.source = offer.label
-        self._declared = request.version or offer.version
-        record.version = self._declared
 
     def run(self, stack: ExitStack) -> Staged:
         """Return the proved stage; `stack` closes what it opens."""
-        record, cancellation = self._record, self._request.cancellation
-        with record.timed("decide"):
-            code = self._decide()
-        cancellation.raise_if_cancelled()
+        request = self._request
+        with self._record.timed("decide"):
+            code = decide_code(request, self._offer, self._record, serving=request.live.module)
+        request.cancellation.raise_if_cancelled()
+        return self._fill(code, stack)
+
+    def _fill(self, code: Code, stack: ExitStack) -> Staged:
+        """Return the proved stage of `code` with what it is offered."""
+        record, cancellation, self._offer = self._record, self._request.cancellation, code.offer
         with record.timed("plan"):
             entries = list(find_state(code.module))
             layout = lay_out(entries, like=find_state(self._request.live.module))
@@ -130,7 +96,7 @@ class _Stage:
         with record.timed("memory"):
             taken = self._spares.take(record.plan, layout.regions, cancellation=cancellation)
             if taken.is_fresh:
-                self._populate(taken.arena)
+                self._request.populate(taken.arena)
         with self._request.owner.reading(), record.timed("copy"):
             twin = copy_module(
                 code.module, layout=layout, lease=taken.lease, constants=self._constants(), marks=code.marks
@@ -149,70 +115,7 @@ class _Stage:
             generation, owner=request.owner, base=request.live.number, record=record, on_discard=request.on_discard
         )
 
-    # -- decide ------------------------------------------------------------------------------------------------------
-
-    def _decide(self) -> Code:
-        request, offer = self._request, self._offer
-        if self._declared is None and not request.policy.digest:
-            raise ArgumentError(
-                "Expected a version for a source that carries none, got none and digests are off.",
-                remedy="pass version=..., or leave StagePolicy.digest on, which names the version by its content.",
-            )
-        verify_digests(offer, request.digests)
-        code = choose_code(
-            Question(
-                offer=offer,
-                live=request.live,
-                version=self._declared,
-                migrations=request.migrations,
-                config=request.config,
-                converts_dtypes=request.policy.convert_dtypes,
-            )
-        )
-        request.owner.verify_code(code.module)
-        offer = self._offer = code.offer
-        verify_wrappers(code.module, offer=offer, live=request.live.module)
-        self._record.migration = offer.migration.lines if offer.migration is not None else ()
-        live = None if code.is_new else request.live.contract
-        code = replace(code, contract=promise_outputs(code.contract, request.policy, live=live))
-        if request.config is not None and not _takes_config(code):
-            raise ArgumentError(
-                f"Expected no config for {type(code.module).__name__}, which declares none, got one.",
-                remedy="declare it: @hotglm.versioned(..., config=ConfigClass), or leave config out.",
-            )
-        if request.policy.convert_dtypes:
-            offer = self._offer = offer.with_dtypes_of(code.contract)
-        candidate = Candidate(
-            name=offer.name,
-            version=self._declared or code.stamped or request.live.version,
-            contract=code.contract,
-            offered=offer.contract,
-            reads=code.reads,
-            requires=offer.requires,
-        )
-        verdict = decide(
-            slot_name=request.name,
-            live_version=request.live.version,
-            live_contract=request.live.contract,
-            candidate=candidate,
-            accept=request.accept,
-            environment=read_environment((*offer.requires, *code.contract.requires)),
-        )
-        if code.gap is not None and (hides_values(code.gap) or not verdict.accepted):
-            verdict = replace(verdict, findings=(describe_gap(code.gap), *verdict.findings))
-        if code.is_new and is_compiled(request.live.module) and not (request.policy.warm_up or request.policy.goldens):
-            verdict = replace(verdict, findings=(*verdict.findings, COMPILES_LATER))
-        self._record.verdict = verdict
-        verdict.raise_if_refused()
-        return code
-
     # -- memory and values -------------------------------------------------------------------------------------------
-
-    def _populate(self, arena: Arena) -> None:
-        def fault(start: int) -> Callable[[], None]:
-            return lambda: arena.populate(start, CHUNK_NBYTES)
-
-        self._run_tasks([fault(start) for start in range(0, arena.nbytes, CHUNK_NBYTES)])
 
     def _carry_over(self, entries: list[StateEntry], twin: Twin, lease: Lease) -> None:
         with lease.submitting():
@@ -251,26 +154,12 @@ class _Stage:
             request.live,
             digests=request.digests,
             policy=request.policy,
-            num_threads=self._num_threads(),
+            num_threads=request.num_threads,
             cancellation=request.cancellation,
             count_writes=request.owner.count_writes,
         )
         loading.plan(code, stack)
         return loading
-
-    def _num_threads(self) -> int:
-        # One core is left to the service: a thread that shares it gets little done there and lengthens every pass (two
-        # cores, 1 GiB: worst pass 1.14 of p50 with two threads, 1.03 with one, and the same 0.76 s for the stage).
-        return self._request.policy.num_threads or min(_MAX_THREADS, max(1, count_cores() - 1))
-
-    def _run_tasks(self, tasks: list[Callable[[], None]]) -> None:
-        run_tasks(
-            tasks,
-            num_threads=self._num_threads(),
-            nice=self._request.policy.nice,
-            cancellation=self._request.cancellation,
-            name="hotglm-populate",
-        )
 
     # -- proof -------------------------------------------------------------------------------------------------------
 
@@ -337,18 +226,13 @@ class _Stage:
         return combine_digests({name: (views[name].dtype, views[name].shape, d) for name, d in loaded.digests.items()})
 
     def _name_version(self, digest: str | None, code: Code) -> Version:
-        if self._declared is not None:
-            return self._declared
+        if self._request.version is not None:
+            return self._request.version
         label = (digest or "").partition(":")[2][:_LABEL_LENGTH]
         live = self._request.live
         # Weights that fit as they are where others had to be migrated are not of the version that those were of.
         base = code.version if live.is_migrated else live.version
         return (code.stamped or base).with_local(label)
-
-
-def _takes_config(code: Code) -> bool:
-    definition = find_definition(type(code.module))
-    return definition is not None and definition.config is not None
 
 
 def _adopt_mode(module: nn.Module, live: nn.Module) -> None:
