@@ -159,14 +159,17 @@ def test_an_interrupt_at_every_point_leaves_one_whole_version(operation: str) ->
     assert num_points >= 4
     while (step := step + 1) <= num_points:
         action = prepare()
-        epoch = slot.status().epoch
+        epoch, staged = slot.status().epoch, slot._core.stager.staged
         tracer = InterruptAt(step)
         tracer.run(action)
         after = {"update": target, "commit": target, "rollback": PRIMES[4]}.get(operation, before)
         try:
             assert_serves(slot, before, after)
             assert slot.status().epoch - epoch == (read_version(slot(INPUT)) == after != before)
-            del action
+            if operation == "commit" and staged is not None and slot.status().epoch == epoch:
+                slot.commit(staged)  # P2: nothing has changed, so it can be committed again
+                assert_serves(slot, target)
+            del action, staged
             assert_works(slot)
         except BaseException as error:
             raise AssertionError(f"after an interrupt at {tracer.where}") from error

@@ -18,6 +18,7 @@ from torch import nn
 import hotglm
 from hotglm.errors import ConflictError, DiscardedError, NoRollbackError, SlotStateError, SupersededError
 from hotglm.slot.admission import Admission, Publication
+from hotglm.slot.claim import StageClaim
 from support.torn import (
     INPUT,
     LEAN,
@@ -324,7 +325,7 @@ class Outer(nn.Module):
                 return torch.stack([generation.module(x), self.inner(x), again.module(x)])
 
 
-def test_nested_passes_do_not_wait_for_a_writer_in_progress() -> None:
+def test_nested_passes_do_not_wait_for_a_writer_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """F16: a pass that enters the slot again while a commit holds the writers' lock goes through, and so the commit."""
     inner = make_slot()
     update(inner, PRIMES[1])
@@ -335,14 +336,14 @@ def test_nested_passes_do_not_wait_for_a_writer_in_progress() -> None:
 
     outer = Outer(inner, meet)
     staged = inner.stage(weights(PRIMES[2]), version=name_version(PRIMES[2]))
-    claim = staged.claim
+    take = StageClaim.take
 
-    def claim_slowly() -> None:  # runs under the writers' lock, right before the store
+    def take_slowly(claim: StageClaim) -> None:  # runs under the writers' lock, right before the store
         committing.set()
         assert passed.wait(30)
-        claim()
+        take(claim)
 
-    staged.claim = claim_slowly  # type: ignore[method-assign]
+    monkeypatch.setattr(StageClaim, "take", take_slowly)
     writer = threading.Thread(target=inner.commit, args=(staged,))
     writer.start()
     outputs = run_in_thread(lambda: outer(INPUT))

@@ -6,6 +6,7 @@ The tools are those of tests/test_commit_faults.py: an exception at each point a
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 import hotglm
 from hotglm import seam
 from hotglm.errors import HotglmError, StageFailedError
-from hotglm.slot.admission import Admission
+from hotglm.slot import forking
 from hotglm.slot.in_place import InPlaceAdmission
 from support.interrupts import interrupt_rounds
 from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
@@ -221,6 +222,34 @@ def fail() -> None:
     raise OSError("planted")
 
 
+def test_a_stage_whose_commit_fails_behind_an_interrupt_can_be_committed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P2: Ctrl-C reaches the caller while the exchange is under way, and then that fails: the stage is as it was."""
+    slot = make_slot()
+    staged = slot.stage(weights(PRIMES[9]), version=name_version(PRIMES[9]))
+    settling = threading.Event()
+    wait_settled = InPlaceAdmission.wait_settled
+
+    def note(admission: InPlaceAdmission) -> None:
+        settling.set()
+        wait_settled(admission)
+
+    def fail_behind_the_interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # the main thread waits for this one
+        assert settling.wait(30)
+        fail()
+
+    monkeypatch.setattr(InPlaceAdmission, "wait_settled", note)
+    with monkeypatch.context() as patch:
+        patch.setattr(seam, "active", AtCopy(fail_behind_the_interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            slot.commit(staged)
+    assert_serves(slot, PRIMES[3])
+    assert staged.state is hotglm.State.STAGED
+    slot.commit(staged)
+    assert_serves(slot, PRIMES[9])
+    assert_works(slot)
+
+
 def test_what_is_half_written_is_never_served_nor_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """C18: after a commit that could not be undone, no pass, commit or rollback goes through, in a child neither."""
     slot = make_slot()
@@ -302,41 +331,69 @@ def test_a_child_never_gets_half_a_version(copying: tuple[hotglm.ModuleSlot, Slo
     assert read_version(slot(INPUT)) == PRIMES[9]
 
 
+class Turn:
+    """The turn of forks; says when a thread called `second` asks for it."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        self._asked, self._lock = asked, threading.RLock()
+        self.release = self._lock.release
+
+    def acquire(self) -> bool:
+        if threading.current_thread().name == "second":
+            self._asked.set()
+        return self._lock.acquire()
+
+
+def fork_once(may_begin: threading.Event) -> None:
+    if threading.current_thread().name == "second":
+        assert may_begin.wait(30)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
 def test_threads_that_fork_at_once_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No fork lets commits of another thread's fork go on: from the first lock to the last release it is alone."""
-    slot, seen, inside = make_slot(), list[int](), threading.Event()
-    begin, end = type(slot._admission).begin_fork, type(slot._admission).end_fork
-    both = threading.Barrier(2)
+    """No fork lets go of what another thread's fork holds: from its first lock to its last release it is alone."""
+    slots, asked, begun = (make_slot(), make_slot()), threading.Event(), threading.Event()
+    seen: list[tuple[str, str]] = []
+    admissions = [slot._admission for slot in slots]
+    begin, end = InPlaceAdmission.begin_fork, InPlaceAdmission.end_fork
 
-    def note_begin(admission: Admission) -> None:
+    def note(what: str, admission: InPlaceAdmission) -> bool:
+        """Return whether it is the first thread that does something with one of the two slots."""
+        name = threading.current_thread().name
+        if name == "second":
+            asked.set()
+        if admission in admissions:
+            seen.append((name, what))
+        return admission in admissions and name == "first"
+
+    def note_begin(admission: InPlaceAdmission) -> None:
+        is_first = note("asks", admission)
         begin(admission)
-        if admission is slot._admission:
-            seen.append(threading.get_ident())
-            inside.wait(0.05)  # the other one has time to get in, if it could
+        if is_first:
+            begun.set()
+            assert asked.wait(30)
 
-    def note_end(admission: Admission) -> None:
-        if admission is slot._admission:
-            seen.append(threading.get_ident())
+    def note_end(admission: InPlaceAdmission) -> None:
+        note("lets go", admission)
         end(admission)
 
-    monkeypatch.setattr(type(slot._admission), "begin_fork", note_begin)
-    monkeypatch.setattr(type(slot._admission), "end_fork", note_end)
+    monkeypatch.setattr(forking, "_turn", Turn(asked))
+    monkeypatch.setattr(InPlaceAdmission, "begin_fork", note_begin)
+    monkeypatch.setattr(InPlaceAdmission, "end_fork", note_end)
 
-    def fork() -> None:
-        both.wait(30)
-        child = os.fork()
-        if child == 0:
-            os._exit(0)
-        os.waitpid(child, 0)
-
-    threads = [threading.Thread(target=fork, daemon=True) for _ in range(2)]
+    threads = [
+        threading.Thread(target=fork_once, args=(begun,), name=name, daemon=True) for name in ("first", "second")
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
-    assert (seen[0], seen[2]) == (seen[1], seen[3])
-    assert seen[0] != seen[2]
+    both = ["asks", "asks", "lets go", "lets go"]
+    assert seen == [("first", what) for what in both] + [("second", what) for what in both]
 
 
 def test_a_child_forgets_the_passes_of_other_threads() -> None:

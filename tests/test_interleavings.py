@@ -22,9 +22,9 @@ import pytest
 
 import hotglm
 from hotglm.slot.admission import Admission
+from hotglm.slot.claim import StageClaim
 from hotglm.slot.generation import Retired
 from hotglm.slot.memory import ArenaPool
-from hotglm.slot.staged import Staged
 from hotglm.weights.arena import Arena, Lease
 from support.planted import forget_pins
 from support.schedule import Actor, Outcome, Schedule, explore
@@ -165,7 +165,7 @@ def at(name: str) -> None:
 @pytest.fixture(autouse=True)
 def _instrumented(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the swapper's stopping points around the real code, by wrapping what it calls."""
-    lease, retire, claim, commit = Arena.lease, Admission.retire, Staged.claim, Admission.commit
+    lease, retire, claim, commit = Arena.lease, Admission.retire, StageClaim.take, Admission.commit
     find_free, rollback = ArenaPool.find_free, Admission.rollback
     is_free: Callable[[Retired], bool] = Retired.is_free.fget  # type: ignore[attr-defined]
 
@@ -188,7 +188,7 @@ def _instrumented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Admission, "retire", wrap(retire, before="retire"))
     monkeypatch.setattr(Retired, "is_free", property(wrap(is_free, before="is free")))
     monkeypatch.setattr(ArenaPool, "find_free", wrap(find_free, before="find free"))
-    monkeypatch.setattr(Staged, "claim", wrap(claim, before="filled", after="claimed"))
+    monkeypatch.setattr(StageClaim, "take", wrap(claim, before="filled", after="claimed"))
     monkeypatch.setattr(Admission, "commit", wrap(commit, after="published"))
     monkeypatch.setattr(Admission, "rollback", wrap(rollback, after="published"))
 

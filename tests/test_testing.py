@@ -112,6 +112,23 @@ def test_a_torn_pass_is_caught() -> None:
     assert traffic.failures
 
 
+def test_a_pass_is_judged_before_it_is_counted(slot: hotglm.ModuleSlot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a pass to be counted learns whether it was wrong: no pass counts that is still looked at."""
+    seen: list[tuple[int, int]] = []
+    compare = testing.Traffic._compare
+
+    def compare_noting(traffic: testing.Traffic, wanted: object, found: object) -> list[str]:
+        if len(seen) < 100:
+            seen.append((len(seen), traffic.num_passes))
+        return compare(traffic, wanted, found)
+
+    monkeypatch.setattr(testing.Traffic, "_compare", compare_noting)
+    with testing.Traffic(slot, X, num_threads=1) as traffic:
+        traffic.wait_for_passes(3)
+    assert len(seen) >= 4
+    assert all(judged == counted for judged, counted in seen)
+
+
 def test_a_pass_that_comes_too_late_is_caught(slot: hotglm.ModuleSlot) -> None:
     """A change that returns before passes see it is caught, though each pass is whole."""
     with pytest.raises(AssertionError, match="one version that was live"):

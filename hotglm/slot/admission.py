@@ -50,6 +50,7 @@ from typing import Any
 from torch import nn
 
 from hotglm.errors import ConflictError, NoRollbackError, ReentrantError, SlotClosedError
+from hotglm.slot.claim import Claim
 from hotglm.slot.generation import Generation
 from hotglm.slot.policies import InPlaceRecord
 from hotglm.version import Version
@@ -184,15 +185,13 @@ class Admission:
             history=(_record("created", 0, generation),),
         )
 
-    def commit(
-        self, generation: Generation, *, expected: Expected, claim: Callable[[], None]
-    ) -> tuple[Publication, Publication]:
+    def commit(self, generation: Generation, *, expected: Expected, claim: Claim) -> tuple[Publication, Publication]:
         """Make `generation` the one that new passes see; return the publications before and after.
 
         Args:
             generation: staged and proved.
             expected: the live generation the caller has in mind.
-            claim: called under the lock right before the store; raises when the stage is no longer to be committed.
+            claim: taken under the lock right before the store; given back where that is not made.
 
         Raises:
             ConflictError: another generation is live.
@@ -204,8 +203,12 @@ class Admission:
             self._verify_open()
             verify_expected(old.generation, expected)
             new = old.after_commit(generation, displaced=old.generation, call=call)
-            claim()
-            self.live = new  # the point of no return
+            try:
+                claim.take()
+                self.live = new  # the point of no return
+            finally:
+                if self.live is not new:
+                    claim.give_back()
             return old, new
 
     def rollback(self, target: Expected | None, *, expected: Expected | None) -> tuple[Publication, Publication]:

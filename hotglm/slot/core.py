@@ -313,9 +313,8 @@ class SlotCore:
         try:
             generation = staged.generation
             target = staged.base if expected is None else expected
-            old, new = self.admission.commit(generation, expected=target, claim=staged.claim)
+            old, new = self.admission.commit(generation, expected=target, claim=staged.claim())
         except HotglmError as error:
-            self._unclaim(staged)
             events.append(self._refuse(error, staged, self.admission.live.generation))
             raise
         commit_s = time.perf_counter() - started
@@ -323,11 +322,6 @@ class SlotCore:
         receipt = self._receipt("committed", old, new, commit_s, staged)
         events.append(self._committed(generation, old.generation))
         return receipt
-
-    def _unclaim(self, staged: Staged) -> None:
-        """Let a stage be committed again whose commit failed after it was claimed, with nothing changed."""
-        if self.admission.live.generation.number != staged.number:
-            staged.unclaim()
 
     def _receipt(
         self, action: str, old: Publication, new: Publication, commit_s: float, staged: Staged | None = None

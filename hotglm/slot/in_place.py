@@ -34,6 +34,7 @@ from hotglm.model.pairing import find_moved, pair_states, read_addresses
 from hotglm.model.twin import find_loose_tensors
 from hotglm.problem import HotglmError, describe_exception
 from hotglm.slot.admission import Admission, Expected, Publication, choose_call, find_target, verify_expected
+from hotglm.slot.claim import Claim, NoClaim
 from hotglm.slot.gate import Closing, Gate, Ticket
 from hotglm.slot.generation import Generation
 from hotglm.slot.passage import admit, runs_module
@@ -60,13 +61,13 @@ class Change:
     Attributes:
         choose: called under the writers' lock with what is published; returns the generation to be made live, or
             raises.
-        claim: called when nobody is inside, right before the first byte; raises when it is no longer wanted.
+        claim: taken when nobody is inside, right before the first byte; given back where the change is undone.
         follow: makes the next publication of the latest one, the new live generation and the displaced one.
         outcome: set right before the store.
     """
 
     choose: Callable[[Publication], Generation]
-    claim: Callable[[], None]
+    claim: Claim
     follow: Callable[[Publication, Generation, Generation], Publication]
     outcome: Publications | None = None
 
@@ -190,7 +191,7 @@ class InPlaceAdmission(Admission):
 
     # -- commits -------------------------------------------------------------------------------------------------------
 
-    def commit(self, generation: Generation, *, expected: Expected, claim: Callable[[], None]) -> Publications:
+    def commit(self, generation: Generation, *, expected: Expected, claim: Claim) -> Publications:
         """Exchange the weights between two passes; see `Admission.commit`.
 
         Raises:
@@ -228,7 +229,7 @@ class InPlaceAdmission(Admission):
         def follow(old: Publication, new: Generation, displaced: Generation) -> Publication:
             return old.after_rollback(new, target=held[0], displaced=displaced, call=old.call)
 
-        return self._change(Change(choose=choose, claim=_claim_nothing, follow=follow))
+        return self._change(Change(choose=choose, claim=NoClaim(), follow=follow))
 
     def retire(self, generation: Generation) -> bool:
         """Stop holding `generation`, once no rollback to it is under way; return whether it was held."""
@@ -300,16 +301,18 @@ class InPlaceAdmission(Admission):
             self.gate.verify_whole()
             generation = change.choose(self.live)
         ready = self._prepare(generation)
-        closing = Closing(threading.current_thread())
+        closing, epoch = Closing(threading.current_thread()), self.live.epoch
         started = time.perf_counter()
         try:
             self.gate.close(closing)
             num_inside = self.gate.count_inside()
             self._wait_until_empty(closing, unwanted)
             waited = time.perf_counter()
-            change.claim()
+            change.claim.take()
             self._exchange(change, ready, closing, started=started, waited=waited, num_inside=num_inside)
         finally:
+            if self.live.epoch == epoch and not closing.is_torn:
+                change.claim.give_back()  # here, and not in the thread that waits, which may wait no more
             self.gate.open(closing)
 
     def _prepare(self, generation: Generation) -> Ready:
@@ -392,7 +395,3 @@ class InPlaceAdmission(Admission):
 
 
 _AGAIN = "commit again; if the slot answers, nothing has changed."
-
-
-def _claim_nothing() -> None:
-    """Let a rollback through: what it goes to is held, and nobody can discard it."""

@@ -10,7 +10,6 @@ Rules this module keeps:
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import nn
 
 from hotglm import seam
 from hotglm.errors import DiscardedError, SlotStateError, SupersededError
+from hotglm.slot.claim import Ending, Fate, StageClaim
 from hotglm.slot.generation import Generation, State
 from hotglm.slot.memory import MemoryPlan
 from hotglm.slot.receipt import Origins, StageTiming
@@ -78,12 +78,8 @@ class Staged:
             raise ValueError("a stage that was not decided and planned cannot be staged")
         self.owner = owner
         self._on_discard = on_discard
-        # Whoever pops the one token ends the stage: one atomic step, so there is no lock to wait for, to forget in a
-        # fork, or to meet again in a finaliser that discards while a commit is claiming.
-        self._token = deque([generation.number])
+        self._fate = Fate()
         self._generation: Generation | None = generation
-        self._state = State.STAGED
-        self._reason = "has ended"
         self.base = base
         self.source = record.source
         self.version = generation.version
@@ -105,7 +101,8 @@ class Staged:
     @property
     def state(self) -> State:
         """Where it is: staged, committed (then live or later), or discarded."""
-        return self._state
+        ending = self._fate.ending
+        return State.STAGED if ending is None else ending.state
 
     @property
     def module(self) -> nn.Module:
@@ -143,44 +140,26 @@ class Staged:
         """Discard it because a newer stage begins; return whether it was still staged."""
         return self._end(f"was superseded by {by}")
 
-    def claim(self) -> None:
-        """Mark it as committed.
-
-        Raises:
-            DiscardedError, SupersededError: it is no longer staged.
-        """
-        if not self._take_token():
-            raise self._spent()
-        self._state, self._reason = State.LIVE_ON_TRIAL, "was committed already"
-
-    def unclaim(self) -> None:
-        """Take the claim back: the commit failed and has changed nothing, so it may be tried again."""
-        generation = self._generation
-        if self._state is State.LIVE_ON_TRIAL and generation is not None:
-            self._state, self._reason = State.STAGED, "has ended"
-            self._token.append(generation.number)
+    def claim(self) -> StageClaim:
+        """Return what one commit takes to make it live, and gives back if that fails."""
+        return StageClaim(self._fate, refusal=self._spent)
 
     def release(self) -> None:
         """Let go of the generation after the commit, so that keeping this object keeps no memory."""
         self._generation = None
 
-    def _take_token(self) -> bool:
-        try:
-            self._token.pop()
-        except IndexError:
-            return False
-        return True
-
     def _end(self, reason: str) -> bool:
-        if not self._take_token():
-            return False
-        self._state, self._reason, self._generation = State.DISCARDED, reason, None
-        return True
+        ended = self._fate.decide(Ending(state=State.DISCARDED, reason=reason))
+        if self.state is State.DISCARDED:
+            self._generation = None  # again, if need be: whoever ended it may have been interrupted on the way here
+        return ended
 
     def _spent(self) -> SlotStateError:
-        kind = SupersededError if "superseded" in self._reason else DiscardedError
+        ending = self._fate.ending
+        reason = "has ended" if ending is None else ending.reason
+        kind = SupersededError if "superseded" in reason else DiscardedError
         return kind(
-            f"Expected a stage that waits for its commit, got version {self.version}, which {self._reason}.",
+            f"Expected a stage that waits for its commit, got version {self.version}, which {reason}.",
             remedy="stage the source again.",
         )
 
@@ -194,7 +173,7 @@ class Staged:
 
     def __repr__(self) -> str:
         """Name version, generation and state."""
-        return f"<Staged version {self.version}, generation {self.number}, {self._state.value}>"
+        return f"<Staged version {self.version}, generation {self.number}, {self.state.value}>"
 
 
 @dataclass(slots=True, kw_only=True)
