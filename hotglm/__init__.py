@@ -52,7 +52,7 @@ _EXPORTS: dict[str, str] = {
     "Golden": "hotglm.slot.checks",
     "GoldenMismatchError": "hotglm.errors",
     "HeaderError": "hotglm.errors",
-    "HistoryEntry": "hotglm.slot.admission",
+    "HistoryEntry": "hotglm.slot.publication",
     "Holder": "hotglm.slot.holders",
     "HotglmError": "hotglm.errors",
     "InPlace": "hotglm.slot.policies",

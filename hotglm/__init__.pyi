@@ -364,9 +364,6 @@ from hotglm.roots import (
 from hotglm.roots import (
     Roots as Roots,
 )
-from hotglm.slot.admission import (
-    HistoryEntry as HistoryEntry,
-)
 from hotglm.slot.checks import (
     Golden as Golden,
 )
@@ -399,6 +396,9 @@ from hotglm.slot.policies import (
 )
 from hotglm.slot.policies import (
     InPlaceRecord as InPlaceRecord,
+)
+from hotglm.slot.publication import (
+    HistoryEntry as HistoryEntry,
 )
 from hotglm.slot.receipt import (
     Receipt as Receipt,

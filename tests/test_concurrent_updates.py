@@ -17,8 +17,9 @@ from torch import nn
 
 import hotglm
 from hotglm.errors import ConflictError, DiscardedError, NoRollbackError, SlotStateError, SupersededError
-from hotglm.slot.admission import Admission, Publication
+from hotglm.slot.admission import Admission
 from hotglm.slot.claim import StageClaim
+from hotglm.slot.publication import Publication
 from support.torn import (
     INPUT,
     LEAN,

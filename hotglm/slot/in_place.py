@@ -33,12 +33,13 @@ from hotglm.model.inspection import find_state
 from hotglm.model.pairing import find_moved, pair_states, read_addresses
 from hotglm.model.twin import find_loose_tensors
 from hotglm.problem import HotglmError, describe_exception
-from hotglm.slot.admission import Admission, Expected, Publication, choose_call, find_target, verify_expected
+from hotglm.slot.admission import Admission
 from hotglm.slot.claim import Claim, NoClaim
 from hotglm.slot.gate import Closing, Gate, Ticket
 from hotglm.slot.generation import Generation
 from hotglm.slot.passage import admit, runs_module
 from hotglm.slot.policies import InPlace, InPlaceRecord
+from hotglm.slot.publication import Expected, Publication, choose_call, find_target, verify_expected
 from hotglm.weights import places
 from hotglm.weights.digest import digest_tensor
 from hotglm.weights.exchange import Exchange, Pair

@@ -28,7 +28,7 @@ from hotglm.model.registry import find_definition
 from hotglm.model.scripted import is_script, verify_script
 from hotglm.model.swappable import verify_swappable
 from hotglm.progress import Progress
-from hotglm.slot.admission import Admission, Expected, HistoryEntry
+from hotglm.slot.admission import Admission
 from hotglm.slot.checks import StagePolicy, promise_outputs
 from hotglm.slot.choosing import choose_swap
 from hotglm.slot.core import SlotCore
@@ -40,6 +40,7 @@ from hotglm.slot.live_proof import LiveProof, verify_live
 from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.observer import find_holders, read_status, wait_drained
 from hotglm.slot.policies import Flip, InPlace
+from hotglm.slot.publication import Expected, HistoryEntry
 from hotglm.slot.receipt import Receipt
 from hotglm.slot.settings import SlotSettings, StageOptions, verify_settings
 from hotglm.slot.source import Source
@@ -108,13 +109,7 @@ class ModuleSlot(ModuleFacade):
             ArgumentError: `version` or `accept` cannot be meant.
         """
         verify_settings(
-            name=name,
-            policy=policy,
-            memory=memory,
-            refresh=refresh,
-            migrations=migrations,
-            trust=trust,
-            swap=swap,
+            name=name, policy=policy, memory=memory, refresh=refresh, migrations=migrations, trust=trust, swap=swap
         )
         module = settle(module)
         listen()
