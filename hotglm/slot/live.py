@@ -6,7 +6,6 @@ Rules this module keeps:
   written it was taken again. So a tensor with the digest that is wanted has the bytes that are wanted, unless
   something has written it since; that is found out when it is copied (weights/seals.py).
 - Names of one tensor share what is known of it.
-- What is live on a device is not copied from here: the loaders that would are those of the processor.
 - The live module is only read; whoever loads from it holds its generation meanwhile.
 """
 
@@ -33,7 +32,7 @@ def find_kept(live: Generation, code: Contract) -> dict[str, Kept]:
     return {
         entry.name: Kept(tensor=entry.tensor.detach(), seal=seals[_first(live, entry.name)])
         for entry in find_state(live.module)
-        if entry.persistent and _first(live, entry.name) in seals and places.active.find(entry.tensor) is None
+        if entry.persistent and _first(live, entry.name) in seals
         if (spec := code.state.get(entry.name)) is not None
         if (spec.dtype, spec.shape) == (dtype_name(entry.tensor.dtype), tuple(entry.tensor.shape))
     }

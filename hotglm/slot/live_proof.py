@@ -6,15 +6,19 @@ Rules this module keeps:
 - Whatever it says is of one generation. Under `Flip` the generation is held, and nobody writes it; in place, what was
   read while a commit wrote is read again.
 - Every tensor that differs is named, in one error.
+- What is on a device is looked at there (`quick`), or fetched through the pinned ring, a window at a time. What the
+  calling thread's stream was given before is seen, as on the processor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from hotglm.errors import LiveMismatchError, Problem
 from hotglm.model.inspection import find_state
@@ -23,6 +27,9 @@ from hotglm.slot.core import SlotCore
 from hotglm.slot.generation import Generation
 from hotglm.slot.live import find_kept
 from hotglm.version import Version
+from hotglm.weights import places
+from hotglm.weights.device import Device
+from hotglm.weights.device_seals import find_unchanged, seal_on_device
 from hotglm.weights.digest import combine_digests
 from hotglm.weights.seals import Seal, matches_seal, seal_tensor
 from hotglm.weights.supply import Kept
@@ -35,6 +42,9 @@ _NUM_ATTEMPTS = 3
 
 _MAX_THREADS = 4
 _SIGNAL_S = 0.25
+
+_Ended: TypeAlias = "queue.SimpleQueue[int | BaseException | None]"
+"""What workers tell the thread that waits: bytes that were read, what went wrong, or that all is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,23 +111,24 @@ class _Reading:
         }
         self._found: dict[str, Seal] = {}
         self._nbytes = sum(self._count_nbytes(name) for name in self._first.values())
+        self._devices = {name: places.active.find(entries[name]) for name in self._first.values()}
 
     def run(self, *, num_threads: int | None, progress: Callable[[Progress], object] | None) -> None:
         """Read every tensor once, in workers; the calling thread waits, reports, and may be interrupted."""
-        ended: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        ended: _Ended = queue.SimpleQueue()
         cancellation = Cancellation()
-        names = sorted(self._first.values(), key=self._count_nbytes, reverse=True)
-        tasks = [self._plan(name, ended) for name in names]
+        self._put_side_streams_behind()
 
         def work() -> None:
             try:
-                run_tasks(
-                    tasks,
-                    num_threads=num_threads or min(_MAX_THREADS, max(1, count_cores() - 1)),
-                    nice=10,
-                    cancellation=cancellation,
-                    name="hotglm-verify",
-                )
+                for plan in (self._plan_quick, self._plan_rest):
+                    run_tasks(
+                        plan(ended, cancellation),
+                        num_threads=num_threads or min(_MAX_THREADS, max(1, count_cores() - 1)),
+                        nice=10,
+                        cancellation=cancellation,
+                        name="hotglm-verify",
+                    )
                 ended.put(None)
             except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
                 ended.put(failure)
@@ -139,16 +150,46 @@ class _Reading:
             cancellation.cancel(failure)  # workers stop at their next tensor
             raise
 
-    def _plan(self, name: str, ended: queue.SimpleQueue[int | BaseException | None]) -> Callable[[], None]:
-        def read() -> None:
-            tensor, kept = self._tensors[name], self._find_kept(name)
-            if self._quick and kept is not None and matches_seal(tensor, kept.seal):
-                self._found[name] = kept.seal
-            else:
-                self._found[name] = seal_tensor(tensor, digest=None, is_finite=False)
+    def _put_side_streams_behind(self) -> None:
+        """Have devices read what stands there once the work is done that came before this call.
+
+        That is the work of this thread's stream; and that of all streams where nobody has published the tensors,
+        because they came with the module.
+        """
+        for device in self._find_devices():
+            with device.staging():
+                device.wait_for(device.record_here() if self._generation.arena else device.record_passes())
+
+    def _plan_quick(self, ended: _Ended, cancellation: Cancellation) -> list[Callable[[], None]]:
+        """Return the tasks that compare fingerprints on devices: one for each."""
+        devices = self._find_devices() if self._quick else ()
+        return [functools.partial(self._look, device, ended, cancellation) for device in devices]
+
+    def _find_devices(self) -> tuple[Device, ...]:
+        return tuple({device.name: device for device in self._devices.values() if device is not None}.values())
+
+    def _look(self, device: Device, ended: _Ended, cancellation: Cancellation) -> None:
+        mine = [name for name, other in self._devices.items() if other is device]
+        seals = {name: kept.seal for name in mine if (kept := self._find_kept(name)) is not None}
+        tensors = {name: self._tensors[name] for name in seals}
+        for name in find_unchanged(tensors, seals, device, pause=cancellation.raise_if_cancelled):
+            self._found[name] = seals[name]
             ended.put(self._count_nbytes(name))
 
-        return read
+    def _plan_rest(self, ended: _Ended, cancellation: Cancellation) -> list[Callable[[], None]]:
+        """Return the tasks that read what was not found yet; the largest first."""
+        names = sorted(self._first.values(), key=self._count_nbytes, reverse=True)
+        return [functools.partial(self._read, name, ended, cancellation) for name in names if name not in self._found]
+
+    def _read(self, name: str, ended: _Ended, cancellation: Cancellation) -> None:
+        tensor, kept, device = self._tensors[name], self._find_kept(name), self._devices[name]
+        if device is not None:
+            self._found[name] = seal_on_device(tensor, device, cancellation=cancellation)
+        elif self._quick and kept is not None and matches_seal(tensor, kept.seal):
+            self._found[name] = kept.seal
+        else:
+            self._found[name] = seal_tensor(tensor, digest=None, is_finite=False)
+        ended.put(self._count_nbytes(name))
 
     def _find_kept(self, first: str) -> Kept | None:
         return next((self._kept[n] for n, other in self._firsts.items() if other == first and n in self._kept), None)

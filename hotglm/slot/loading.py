@@ -23,6 +23,7 @@ from hotglm.slot.receipt import Origins
 from hotglm.slot.source import Offer
 from hotglm.slot.spare import TakenSpare
 from hotglm.slot.supplying import open_supply
+from hotglm.weights import places
 from hotglm.weights.arena import Lease
 from hotglm.weights.budget import UNLIMITED, Budget
 from hotglm.weights.loader import load_supply, load_tensors
@@ -82,7 +83,8 @@ class Loading:
         if self._policy.reuse and offer.migration is None:
             if offer.files is None and offer.release is not None:
                 self._seal_live(offer.release.manifest.tensors)
-            kept = find_kept(self._live, code)
+            found = find_kept(self._live, code)
+            kept = {name: one for name, one in found.items() if places.active.find(one.tensor) is None}
         self._supply = open_supply(offer, kept, digests=self._digests, stack=stack)
 
     def run(

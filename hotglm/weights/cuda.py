@@ -48,6 +48,9 @@ _MAX_ASKS = 10_000
 _COPY_NBYTES = 4 << 20
 """Largest single copy: the service's own copies to the device wait for one of them, 80 us, and not for a window."""
 
+_MOVE_NBYTES = 64 << 20
+"""Largest single copy within the device, some 30 us of its memory's time."""
+
 _CAPTURE_POLL_S = 0.001
 
 _THREAD_LOCAL = 1
@@ -119,10 +122,11 @@ class CudaDevice:
         return PinnedMemory(nbytes, index=self.index, within=self.staging)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Submit a copy from pinned memory, in pieces between which other streams' copies find room."""
+        """Submit a copy, in pieces between which other streams' copies find room."""
+        step = _MOVE_NBYTES if source.is_cuda and target.is_cuda else _COPY_NBYTES
         with self.submitting():
-            for start in range(0, target.numel(), _COPY_NBYTES):
-                end = start + _COPY_NBYTES
+            for start in range(0, target.numel(), step):
+                end = start + step
                 target[start:end].copy_(source[start:end], non_blocking=True)
 
     def record(self) -> CudaEvent:
@@ -132,6 +136,11 @@ class CudaDevice:
     def record_passes(self) -> tuple[CudaEvent, ...]:
         """Record an event on every stream that torch has, and on those it was told of."""
         return tuple(_record_uncaptured(stream) for stream in self._find_streams())
+
+    def record_here(self) -> tuple[CudaEvent, ...]:
+        """Record an event on the current stream of this thread; none where that is being captured."""
+        stream = torch.cuda.current_stream(self._device)
+        return () if _is_captured(stream) else (CudaEvent(stream),)
 
     def wait_for(self, events: Iterable[Event]) -> None:
         """Hold the side stream back until `events` are done."""

@@ -17,11 +17,15 @@ O4  A copy reads its host memory at some time between its submission and its eve
 O5  Everything else may happen in any order: work on two streams, work and the host, and, above all, a reference that
     was dropped and a kernel that still reads what it referred to.
 
-From these follow the five things that staging has to do:
+From these follow the six things that staging has to do:
 
 - **A window of the ring is written again only after the event of its last copy** (O3, O4; `weights/ring.py`). The event
   is recorded after the last copy of the window, on the stream of the copy: recorded before it, or on another stream,
   it says nothing (`tests/test_device_hazards.py`, "early event", "copy on another stream", "window").
+- **A window that the device copies to is read by the host only after the event of that copy** (O3; `Window.fetch`),
+  and what it reads is what was there when all work was done that the side stream was put behind: the work of the stream
+  whose thread asks for a proof (`record_here`), and of every stream where the tensors came with the module, and were
+  published by nobody ("fetch", "proof").
 - **A generation is published only after the event of its copies was seen to be done by the host** (`settle`). Then any
   pass, on any stream, that is submitted later reads what was copied (O3), and no pass needs to wait for anything; one
   event wait per pass would be the alternative ("publish").
@@ -119,7 +123,10 @@ class Device(Protocol):
         ...
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Submit a copy of flat uint8 `source` to `target`, of the same size, to the side stream (O1, O4)."""
+        """Submit a copy of flat uint8 `source` to `target`, of the same size, to the side stream (O1, O4).
+
+        Each of them is this device's, or pinned memory.
+        """
         ...
 
     def record(self) -> Event:
@@ -128,6 +135,10 @@ class Device(Protocol):
 
     def record_passes(self) -> tuple[Event, ...]:
         """Record an event on every stream that a pass may have used (O2); blocks at most while a graph is captured."""
+        ...
+
+    def record_here(self) -> tuple[Event, ...]:
+        """Record an event on the stream that the calling thread works on (O2); none while that is captured by it."""
         ...
 
     def wait_for(self, events: Iterable[Event]) -> None:

@@ -1,4 +1,4 @@
-"""The pinned ring: windows of host memory that reader threads fill while the copy engine drains others.
+"""The pinned ring: windows of host memory that reader threads fill while the copy engine drains others, or fills them.
 
 Rules this module keeps:
 
@@ -39,7 +39,7 @@ _POLL_S = 0.05
 
 
 class Window:
-    """One window, while it is lent: fill `bytes`, then `copy` from it."""
+    """One window, while it is lent: fill `bytes`, then `copy` from it; or `fetch`, and read what came."""
 
     def __init__(self, ring: Ring, start: int, nbytes: int) -> None:
         """Made by `Ring` only."""
@@ -62,6 +62,14 @@ class Window:
         """Submit a copy of the bytes from `start` to `target`, flat uint8 on the device."""
         self.is_dirty = True  # first: what raises may have submitted something
         self._ring.device.copy(self.tensor(start, target.numel()), target)
+
+    def fetch(self, source: torch.Tensor) -> torch.Tensor:
+        """Copy `source`, flat uint8 on the device, here, and wait for it; return the bytes, to be read while lent."""
+        target = self.tensor(0, source.numel())
+        self.is_dirty = True
+        self._ring.device.copy(source, target)
+        self._ring.device.record().wait()  # O3: the host may read it from here on
+        return target
 
 
 class Ring:

@@ -29,15 +29,17 @@ import torch
 
 from hotglm.weights.digest import digest_tensor, format_digest, view_buffer
 
-__all__ = ["Seal", "copy_sealed", "matches_seal", "seal_tensor"]
+__all__ = ["WORD_NBYTES", "Seal", "copy_sealed", "find_flat", "is_intact", "matches_seal", "seal_tensor"]
 
 _CHUNK_NBYTES = 2 << 20
-_WORD = 8
+WORD_NBYTES = 8
+"""Fingerprints look at memory as words of this size."""
+
 _NUM_COLUMNS = 16
 _NUM_ROWS = 251
 """A prime (see the note on fingerprints)."""
 
-_BLOCK_NBYTES = _NUM_ROWS * _NUM_COLUMNS * _WORD
+_BLOCK_NBYTES = _NUM_ROWS * _NUM_COLUMNS * WORD_NBYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class Seal:
 
 def seal_tensor(tensor: torch.Tensor, *, digest: str | None, is_finite: bool) -> Seal:
     """Return the seal of a CPU tensor, which nobody writes meanwhile; hashes it where `digest` is None."""
-    flat = _find_flat(tensor)
+    flat = find_flat(tensor)
     if flat is None:
         return Seal(digest=digest or digest_tensor(tensor), is_finite=is_finite)
     running = hashlib.sha256() if digest is None and tensor.is_contiguous() else None
@@ -89,7 +91,7 @@ def copy_sealed(
         seal: what is known of `tensor`.
         pause: called before each chunk; whatever it raises ends the work.
     """
-    source, target = _find_flat(tensor), _find_flat(view)
+    source, target = find_flat(tensor), find_flat(view)
     if source is None or target is None or tensor.stride() != view.stride():
         view.copy_(tensor)
         return seal_tensor(view, digest=seal.digest, is_finite=seal.is_finite) if _has(view, seal) else None
@@ -114,7 +116,7 @@ def is_intact(tensor: torch.Tensor, seal: Seal, *, pause: Callable[[], object] =
 
     A seal that was taken of other strides, or has no fingerprint, tells nothing: then the answer is no.
     """
-    flat = _find_flat(tensor)
+    flat = find_flat(tensor)
     if flat is None or seal.fingerprint is None or seal.stride != tensor.stride():
         return False
     fingerprint = 0
@@ -128,7 +130,7 @@ def _has(view: torch.Tensor, seal: Seal) -> bool:
     return digest_tensor(view) == seal.digest
 
 
-def _find_flat(tensor: torch.Tensor) -> torch.Tensor | None:
+def find_flat(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the memory of a tensor as flat bytes; None where its elements do not fill it, each once and as they are.
 
     None as well where it does not begin at a word, like a parameter that is a part of a larger one at an odd place.
@@ -139,7 +141,7 @@ def _find_flat(tensor: torch.Tensor) -> torch.Tensor | None:
             if step != expected:
                 return None
             expected *= size
-    if tensor.is_conj() or tensor.is_neg() or tensor.storage_offset() * tensor.element_size() % _WORD:
+    if tensor.is_conj() or tensor.is_neg() or tensor.storage_offset() * tensor.element_size() % WORD_NBYTES:
         return None
     plain = tensor.detach()
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
@@ -154,9 +156,9 @@ def _add(fingerprint: int, chunk: torch.Tensor, running: hashlib._Hash | None) -
     """Return the fingerprint of what came before and `chunk`, which is hashed as well while it is in the cache."""
     if running is not None:
         running.update(view_buffer(chunk))
-    sums = hashlib.sha256(fingerprint.to_bytes(_WORD, "little"))
+    sums = hashlib.sha256(fingerprint.to_bytes(WORD_NBYTES, "little"))
     _add_sums(sums, chunk)
-    return int.from_bytes(sums.digest()[:_WORD], "little")
+    return int.from_bytes(sums.digest()[:WORD_NBYTES], "little")
 
 
 def _add_sums(sums: hashlib._Hash, flat: torch.Tensor) -> None:

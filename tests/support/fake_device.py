@@ -173,9 +173,10 @@ class FakeDevice:
                 self.submit(self._move(source[part], target[part]))
 
     def _move(self, source: torch.Tensor, target: torch.Tensor) -> Callable[[], object]:
-        """Return a copy that holds addresses and no tensors, as queued work does; where the block is gone, no more."""
+        """Return a copy that holds addresses and no tensors, as queued work does; where a block is gone, no more."""
         to, start, nbytes = target.data_ptr(), source.data_ptr(), target.numel()
-        return lambda: ctypes.memmove(to, start, nbytes) if self.owns(to) else None
+        blocks = [address for address in (to, start) if self.owns(address)]
+        return lambda: ctypes.memmove(to, start, nbytes) if all(map(self.owns, blocks)) else None
 
     def record(self) -> Event:
         self.fails("record")
@@ -184,6 +185,9 @@ class FakeDevice:
     def record_passes(self) -> tuple[Event, ...]:
         self.fails("record_passes")
         return tuple(self.record_on(name) for name in self.streams if name != "side")
+
+    def record_here(self) -> tuple[Event, ...]:
+        return (self.record_on("default"),)
 
     def wait_for(self, events: Iterable[Event]) -> None:
         for event in events:
