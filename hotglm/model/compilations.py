@@ -23,7 +23,7 @@ from torch import nn
 from hotglm.model.compiled import CompiledCall, find_calls
 from hotglm.model.grad_mode import GradMode
 
-__all__ = ["Compilations", "count_compiled", "counting", "forget_compiled", "listen"]
+__all__ = ["Compilations", "count_captured", "count_compiled", "counting", "forget_compiled", "listen"]
 
 _PASS = CompiledCall.__call__.__code__
 
@@ -68,10 +68,15 @@ def count_compiled(module: nn.Module) -> int:
     return sum(call.num_compiled for _, call in find_calls(module))
 
 
+def count_captured(module: nn.Module) -> int:
+    """Return how often torch has recorded a device graph in passes through the compiled parts of `module`."""
+    return sum(call.num_captured for _, call in find_calls(module))
+
+
 def forget_compiled(module: nn.Module) -> None:
     """Begin to count anew, when warm-up is over and passes are to come."""
     for _, call in find_calls(module):
-        call.num_compiled = 0
+        call.num_compiled = call.num_captured = 0
 
 
 def _note(*args: Any) -> None:
@@ -82,7 +87,9 @@ def _note(*args: Any) -> None:
         found.num_captured += is_capture
         found.num_compiled += not is_capture
     call = _find_pass()
-    if call is not None and not is_capture:
+    if call is not None and is_capture:
+        call.num_captured += 1
+    elif call is not None:
         call.num_compiled += 1
         call.recipe.modes.add(GradMode.current())
 

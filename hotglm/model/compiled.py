@@ -81,10 +81,11 @@ class CompiledCall:
     Attributes:
         recipe: how it was compiled.
         num_compiled: how often a pass through it had to compile something, since that was last set to 0.
+        num_captured: how often torch recorded a device graph in one, likewise.
         hooks: the hooks below its module when the first pass came; None before.
     """
 
-    __slots__ = ("_call", "_epoch", "_module", "hooks", "num_compiled", "recipe")
+    __slots__ = ("_call", "_epoch", "_module", "hooks", "num_captured", "num_compiled", "recipe")
     epoch: ClassVar[int] = 0
     """Grows whenever Dynamo has forgotten all compiled code."""
 
@@ -92,6 +93,7 @@ class CompiledCall:
         """Bind `recipe` to `module`, weakly."""
         self.recipe = recipe
         self.num_compiled = 0
+        self.num_captured = 0
         self.hooks: frozenset[object] | None = None
         self._epoch = 0
         self._module = weakref.ref(module)

@@ -26,6 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from hotglm.errors import shorten_repr
+from hotglm.model.captured import AbsentGraph, stays_behind
 from hotglm.model.compiled import COMPILED_CALL, bind_twins, rebind
 from hotglm.model.copied import ChangedWhileCopiedError, Twin
 from hotglm.model.derived import Marks
@@ -78,8 +79,10 @@ class Copier(TorchFunctionMode):
         lease: Lease | None,
         constants: Sequence[str],
         marks: Marks | None,
+        is_fixed: bool = False,
     ) -> None:
         super().__init__()
+        self._is_fixed = is_fixed
         self._root = root
         self._layout = layout
         self._lease = lease
@@ -210,6 +213,7 @@ class Copier(TorchFunctionMode):
             (name, value, None if is_inert(value) else Place(path=path, name=name, owner=module))
             for name, value in list(vars(module).items())
             if name not in _NOT_CARRIED and not describes_quantised(name, value)
+            if not (self._is_fixed and name == "forward" and stays_behind(value))  # by `make_graphed_callables`
         ]
         for _, value, place in attributes:
             if place is not None:
@@ -219,9 +223,8 @@ class Copier(TorchFunctionMode):
                 self._place = Place(path=path, name=INSIDE, owner=module)
                 self._remember(module, copy.deepcopy(module, self._memo))
             else:
-                copied = vars(twin)
                 for name, value, place in attributes:
-                    copied[name] = self._copy_inert(value) if place is None else self._copy_attribute(place, value)
+                    vars(twin)[name] = self._copy_inert(value) if place is None else self._copy_attribute(place, value)
         except RuntimeError as failure:
             if "changed size" in str(failure) or "mutated" in str(failure):
                 raise ChangedWhileCopiedError(f"module {shorten_repr(path or type(module).__name__)}") from failure
@@ -289,18 +292,21 @@ class Copier(TorchFunctionMode):
             for item, _ in walk(value, seen=self._prepared, is_end=self._is_not_copied):
                 if id(item) in self._memo:
                     continue
-                if why := why_uncopyable(item, self._parts.has):
+                if (other := self._replace(item, place)) is not None:
+                    self._remember(item, other)
+                elif why := why_uncopyable(item, self._parts.has):
                     self._findings.refuse(place.path, place.name, why)
                     self._refused[id(item)] = item
                     self._remember(item, item)
-                elif (rebound := rebind(item, self._find_twin)) is not None:
-                    self._remember(item, rebound)
                 elif is_array(item) and not self._parts.has(item):
                     self._findings.judge_array(place.full_name, item, owner=place.owner)
                 elif is_array(item) or self._is_shared(item):
                     self._remember(item, item)
         except TooManyObjectsError:
             self._findings.refuse(place.path, place.name, TOO_LARGE)
+
+    def _replace(self, item: object, place: Place) -> object | None:
+        return AbsentGraph(place.full_name) if self._is_fixed and stays_behind(item) else rebind(item, self._find_twin)
 
     def _share_stateful_hooks(self, hooks: dict[Any, object]) -> None:
         for hook in list(hooks.values()):

@@ -13,9 +13,11 @@ from torch import nn
 
 from hotglm.errors import Problem, StaleStateError, UncopyableError, UnswappableError, shorten_repr
 from hotglm.model.derived import Marks, find_refreshed_names, may_carry_over
-from hotglm.model.references import PACKAGE, SCRIPT
+from hotglm.model.references import CAPTURED, PACKAGE, SCRIPT
 
 __all__ = ["Findings"]
+
+_CODES = {SCRIPT: "CANNOT_SWAP_COMPILED", PACKAGE: "CANNOT_SWAP_COMPILED", CAPTURED: "CANNOT_SWAP_CAPTURED"}
 
 
 class Findings:
@@ -60,7 +62,7 @@ class Findings:
         """Take note that the attribute `name` of the module at `path` cannot be carried over, and why."""
         where = f"{path}.{name}" if path else name
         message = f"Cannot carry over {shorten_repr(where)}: {why}"
-        code = "CANNOT_SWAP_COMPILED" if why in (SCRIPT, PACKAGE) else "UNCOPYABLE"
+        code = _CODES.get(why, "UNCOPYABLE")
         self._uncopyable.setdefault((where, why), Problem(code=code, message=message))
 
     def refuse_hooks(self, name: str, tensor: torch.Tensor) -> None:
@@ -89,7 +91,7 @@ class Findings:
                 "Expected code that takes its weights from the module, got some that has its own.",
                 problems=uncopyable,
                 remedy="keep the module that the named part was made from instead; an AOTInductor package goes into a "
-                "slot of its own, by hotglm.integrations.aoti.",
+                "slot of its own, by hotglm.integrations.aoti; device graphs take swap=hotglm.InPlace().",
             )
         if uncopyable:
             raise UncopyableError(

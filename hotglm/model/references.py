@@ -33,6 +33,7 @@ from torch import nn
 from hotglm.weights.workers import yield_gil_when_due
 
 __all__ = [
+    "CAPTURED",
     "CONTAINERS",
     "MAX_OBJECTS",
     "PACKAGE",
@@ -45,6 +46,7 @@ __all__ = [
     "is_a",
     "is_array",
     "is_fake",
+    "is_graph",
     "is_inert",
     "is_local_class",
     "is_slot",
@@ -70,6 +72,8 @@ _PACKAGES = tuple(
 )
 SCRIPT = "it is TorchScript, whose tensors are fixed"
 PACKAGE = "it is an AOTInductor package, which has the weights it was built with (see hotglm.integrations.aoti)"
+_GRAPHS = (torch.cuda.CUDAGraph, getattr(torch._C, "_CUDAGraph", torch.cuda.CUDAGraph))
+CAPTURED = "it leads to a captured device graph, which goes on reading the addresses it was captured with"
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, types.NoneType, torch.dtype})
 CONTAINERS: frozenset[type] = frozenset({dict, collections.OrderedDict, list, set})
 Kind = TypeVar("Kind")
@@ -242,12 +246,19 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return fake is not None and is_a(tensor, fake.FakeTensor)
 
 
+def is_graph(item: object) -> bool:
+    """Whether `item` is a captured graph of a CUDA device; builds of torch without CUDA have the type, too."""
+    return is_a(item, _GRAPHS)
+
+
 def why_uncopyable(item: object, is_inside: Callable[[object], bool]) -> str | None:
     """Return what keeps `item` from following its module into a copy; `is_inside` knows the module's parts."""
     if is_a(item, _SCRIPTS):
         return SCRIPT
     if is_a(item, _PACKAGES):
         return PACKAGE
+    if is_graph(item):
+        return CAPTURED
     if is_a(item, _WEAK_CONTAINERS) and any(map(is_inside, _list_weak(item))):
         return f"a {type(item).__name__} goes on referring to the parts of the module it was made for"
     if is_a(item, functools._lru_cache_wrapper) and reaches(item, is_inside):

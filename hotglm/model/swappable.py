@@ -22,17 +22,24 @@ from typing import Any
 from torch import nn
 
 from hotglm.errors import Problem, UnswappableError, shorten_repr
+from hotglm.model.captured import verify_uncaptured
 from hotglm.model.compiled import Recipe, find_calls, find_recipe
 
 __all__ = ["verify_swappable"]
 
 
-def verify_swappable(module: nn.Module) -> None:
-    """Refuse a module whose compiled code holds weights, or ignores what the module has.
+def verify_swappable(module: nn.Module, *, is_fixed: bool = False) -> None:
+    """Refuse a module whose compiled or captured code holds weights, or ignores what the module has.
+
+    Args:
+        module: that a slot holds, or is to hold.
+        is_fixed: whether its tensors stay where they are.
 
     Raises:
         UnswappableError: naming every part.
     """
+    if not is_fixed:
+        verify_uncaptured(module)
     problems = [*_find_frozen(module), *_find_late_hooks(module)]
     if problems:
         raise UnswappableError(

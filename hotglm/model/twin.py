@@ -39,7 +39,13 @@ _NUM_ATTEMPTS = 5
 
 
 def copy_module(
-    module: nn.Module, *, layout: Layout, lease: Lease, constants: Sequence[str], marks: Marks | None = None
+    module: nn.Module,
+    *,
+    layout: Layout,
+    lease: Lease,
+    constants: Sequence[str],
+    marks: Marks | None = None,
+    is_fixed: bool = False,
 ) -> Twin:
     """Return a structural copy of `module` whose tensors are views into `lease`; their values are whatever is there.
 
@@ -49,6 +55,7 @@ def copy_module(
         lease: memory of at least `layout.nbytes`.
         constants: patterns of names of derived state that the user vouches for.
         marks: the module's loose tensors as they were before passes ran in it; None where none did.
+        is_fixed: whether the module stays and the twin never serves, so that captured graphs stay with the module.
 
     Raises:
         StaleStateError: undeclared state that may depend on the weights.
@@ -60,7 +67,9 @@ def copy_module(
         return Twin(module=twin, views=views, carried=(), loose=())
     for attempt in range(_NUM_ATTEMPTS):
         try:
-            return Copier(module, layout=layout, lease=lease, constants=constants, marks=marks).copy()
+            return Copier(
+                module, layout=layout, lease=lease, constants=constants, marks=marks, is_fixed=is_fixed
+            ).copy()
         except ChangedWhileCopiedError as failure:
             if attempt == _NUM_ATTEMPTS - 1:
                 raise UncopyableError(
@@ -75,13 +84,18 @@ def copy_module(
 
 
 def verify_copyable(
-    module: nn.Module, *, layout: Layout, constants: Sequence[str] = (), marks: Marks | None = None
+    module: nn.Module,
+    *,
+    layout: Layout,
+    constants: Sequence[str] = (),
+    marks: Marks | None = None,
+    is_fixed: bool = False,
 ) -> None:
     """Raise what `copy_module` would raise, without needing memory: a dry run over empty views."""
     if is_script(module):
         copy_script(module, layout=layout, lease=None, constants=constants)
         return
-    Copier(module, layout=layout, lease=None, constants=constants, marks=marks).copy()
+    Copier(module, layout=layout, lease=None, constants=constants, marks=marks, is_fixed=is_fixed).copy()
 
 
 def settle_in_place(twin: Twin) -> None:

@@ -3,9 +3,9 @@
 Rules this module keeps:
 
 - Without being asked the planner does nothing: a slot that names no policy flips.
-- In place is chosen only for what a flip would leave behind: code that is compiled for the one object, or somebody who
-  trains or shares the very tensors. What can be seen is said; what cannot (raw CUDA graphs, addresses handed to other
-  libraries) the user names.
+- In place is chosen only for what a flip would leave behind: code that is compiled for the one object, graphs that were
+  captured over its addresses, or somebody who trains or shares the very tensors. What can be seen is said; what cannot
+  (graphs that somebody else keeps, addresses handed to other libraries) the user names.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hotglm.errors import shorten_repr
+from hotglm.model.captured import find_captures
 from hotglm.model.inspection import find_state
 from hotglm.model.references import is_a
 from hotglm.model.scripted import is_script
@@ -48,6 +49,7 @@ def _find_reasons(module: nn.Module) -> Iterator[str]:
     if is_script(module):
         yield "it is TorchScript, which is compiled for the one object"
         return
+    yield from find_captures(module)
     names = {id(entry.registered): entry.registered_name for entry in find_state(module)}
     parts = {id(part) for part in module.modules()}
     for item in gc.get_objects():

@@ -253,7 +253,8 @@ class SlotCore:
         if self.admission.is_closed:
             raise SlotClosedError("Expected an open slot, got a closed one.", remedy="make a new ModuleSlot.")
         listen()
-        verify_swappable(live.module)  # here, because torch's settings may be of a thread
+        # Here, because torch's settings may be of a thread.
+        verify_swappable(live.module, is_fixed=self.admission.is_in_place)
         settings = self.settings
         if options.policy is not None and not isinstance(options.policy, StagePolicy):
             raise ArgumentError(

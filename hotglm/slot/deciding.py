@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import nn
 
 from hotglm.errors import ArgumentError
+from hotglm.model.captured import verify_uncaptured
 from hotglm.model.compiled import is_compiled
 from hotglm.model.registry import find_definition
 from hotglm.release.environment import read_environment
@@ -51,6 +52,8 @@ def decide_code(request: StageRequest, offer: Offer, record: StageRecord, *, ser
         )
     )
     request.owner.verify_code(code.module if code.is_new else serving)
+    if code.is_new and not request.owner.is_in_place:
+        verify_uncaptured(code.module)
     verify_wrappers(code.module, offer=code.offer, live=request.live.module)
     record.migration = code.offer.migration.lines if code.offer.migration is not None else ()
     live = None if code.is_new else request.live.contract

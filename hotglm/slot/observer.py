@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 
 from hotglm.errors import DrainTimeoutError
-from hotglm.model.compilations import count_compiled
+from hotglm.model.compilations import count_captured, count_compiled
 from hotglm.slot.core import SlotCore
 from hotglm.slot.generation import Generation, Retired, State
 from hotglm.slot.holders import Holder, find_passes, find_references
@@ -57,6 +57,7 @@ def read_status(core: SlotCore) -> Status:
         closed=core.admission.is_closed,
         swap=str(core.settings.swap),
         recompiles=count_compiled(live.generation.module),
+        recaptures=count_captured(live.generation.module),
         watchers=tuple(describe() for describe in _watchers.get(core, ())),
     )
 

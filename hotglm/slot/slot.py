@@ -102,7 +102,7 @@ class ModuleSlot(ModuleFacade):
             trust: what must accept a path before it is staged (`hotglm.open_trust`); then only signed releases are.
                 What is handed over in memory, mappings and modules, is the host's own. The slot asks in its own name.
             swap: `InPlace()` for a module whose tensors must stay where they are; by default `Flip()`. `"auto"` takes
-                `InPlace()` for TorchScript, and where an optimizer or another module holds the tensors, and says why.
+                `InPlace()` for TorchScript and captured graphs, and where somebody holds the tensors, and says why.
 
         Raises:
             ModuleError: the module holds something no slot can hold; everything is named.
@@ -116,7 +116,7 @@ class ModuleSlot(ModuleFacade):
         choice = choose_swap(swap, module)
         is_fixed = isinstance(choice.policy, InPlace)
         contract = promise_outputs(contract_of(module, is_fixed=is_fixed), policy or StagePolicy(), live=None)
-        verify_swappable(module)
+        verify_swappable(module, is_fixed=is_fixed)
         if is_script(module):
             verify_script(module, constants=constants)
         definition = find_definition(type(module))

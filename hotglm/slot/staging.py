@@ -21,6 +21,7 @@ from torch import nn
 
 from hotglm.contract import Contract
 from hotglm.errors import Problem, RefreshError
+from hotglm.model.captured import leave_graph_trees
 from hotglm.model.compilations import counting, forget_compiled
 from hotglm.model.compiled import adopt_compiled, compile_as
 from hotglm.model.derived import Marks
@@ -92,14 +93,25 @@ class _Stage:
             record.plan = self._spares.plan(layout.nbytes, layout.regions)
             loading = self._plan_loading(code.contract, stack)
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up
-                verify_copyable(code.module, layout=layout, constants=self._constants(), marks=code.marks)
+                verify_copyable(
+                    code.module,
+                    layout=layout,
+                    constants=self._constants(),
+                    marks=code.marks,
+                    is_fixed=self._request.owner.is_in_place,
+                )
         with record.timed("memory"):
             taken = self._spares.take(record.plan, layout.regions, cancellation=cancellation)
             if taken.is_fresh:
                 self._request.populate(taken.arena)
         with self._request.owner.reading(), record.timed("copy"):
             twin = copy_module(
-                code.module, layout=layout, lease=taken.lease, constants=self._constants(), marks=code.marks
+                code.module,
+                layout=layout,
+                lease=taken.lease,
+                constants=self._constants(),
+                marks=code.marks,
+                is_fixed=self._request.owner.is_in_place,
             )
             taken.lease.tie_to(twin.module)
             record.carried = twin.carried
@@ -130,6 +142,8 @@ class _Stage:
             compile_as(module, recipe)
         _adopt_mode(module, self._request.live.module)
         adopt_compiled(module, self._request.live.module)
+        if self._request.owner.is_in_place:
+            leave_graph_trees(module)
 
     def _constants(self) -> tuple[str, ...]:
         """Return the patterns of derived state that needs no declaration of its own.

@@ -56,6 +56,8 @@ class Status:
         last_refusal: text of the latest refusal, empty if there was none.
         recompiles: how often passes of the live generation had torch compile something since it was staged; 0 where
             staging has warmed up all that passes need. Compiled modules only (docs/compiled.md).
+        recaptures: how often torch recorded a device graph in them, likewise (torch tells from 2.8 on); in place, since
+            the slot was made.
         closed: whether the slot takes updates no longer.
         swap: which swap policy it has, and why.
         watchers: what the watchers of this slot are doing.
@@ -74,6 +76,7 @@ class Status:
     closed: bool
     swap: str = ""
     recompiles: int = 0
+    recaptures: int = 0
     watchers: tuple[Watching, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
