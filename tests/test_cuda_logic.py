@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hotglm.errors import MemoryPlanError
-from hotglm.weights import cuda, pinning
+from hotglm.weights import cuda, cuda_driver, pinning
 from hotglm.weights.pinning import PinnedMemory
 
 PAGE = 4096
@@ -124,4 +124,5 @@ def test_an_event_is_never_part_of_a_capture(monkeypatch: pytest.MonkeyPatch, an
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
 def test_without_a_driver_threads_are_as_they_were() -> None:
     """Where there is no driver, what a thread of a stage works in does nothing."""
-    assert cuda._exchange_capture_mode(1) is None
+    assert cuda_driver._exchange_capture_mode(1) is None
+    assert cuda_driver.create_stream(0) is None

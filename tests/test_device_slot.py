@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -259,6 +260,32 @@ def test_the_processor_has_no_ring_and_no_regions(fakes: FakePlaces) -> None:
     receipt = slot.update(make_state(1), version="1.0.1")
     assert receipt.plan is not None
     assert (receipt.plan.devices, type(slot.live.arena), fakes._rings) == ((), Arena, {})
+
+
+def test_tensors_are_aligned_as_torch_aligns_them(fakes: FakePlaces) -> None:
+    """Every tensor on a device is as aligned as in a cold load: kernels are chosen by it, and give other bits (P12)."""
+    module, devices = make_split(fakes, 0)
+    slot = hotglm.ModuleSlot(module, name="m", version="1.0.0", memory=TIGHT)
+    slot.update(make_state(1), version="1.0.1")
+    starts = [block.memory.data_ptr() for device in devices for block in device.blocks]
+    for part in (slot.live.module.get_submodule("first"), slot.live.module.get_submodule("second")):
+        for tensor in (*part.parameters(), *part.buffers()):
+            base = max((start for start in starts if start <= tensor.data_ptr()), default=0)
+            assert not tensor.numel() or (tensor.data_ptr() - base) % 512 == 0
+
+
+def test_what_is_still_being_computed_is_read_when_it_is_there(fakes: FakePlaces) -> None:
+    """Weights that another device, or a device beside a slot on the processor, still computes are waited for."""
+    for seed in range(20):
+        renew(fakes)
+        trainer = FakeDevice(name="fake:9", choices=Choices(seed))
+        offered = nn.Linear(4, 4)
+        fakes.add(trainer, offered)
+        values, weight = torch.full((4, 4), float(seed)), offered.weight.detach()
+        trainer.submit(functools.partial(weight.copy_, values), stream="default")
+        slot = hotglm.ModuleSlot(nn.Linear(4, 4), name="m", version="1.0.0")
+        slot.update({name: tensor.detach() for name, tensor in offered.state_dict().items()}, version="1.0.1")
+        assert torch.equal(slot.live.module.get_parameter("weight"), values)
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])

@@ -17,7 +17,7 @@ from hotglm.model.references import is_a, is_array, is_fake
 from hotglm.model.wrappers import find_memory, is_wrapper
 from hotglm.weights import places
 from hotglm.weights.arena import ALIGNMENT
-from hotglm.weights.device import Device
+from hotglm.weights.device import DEVICE_ALIGNMENT, Device
 from hotglm.weights.layout import Extent, Layout, join_layouts, plan_layout
 
 __all__ = ["Parts", "extent_nbytes", "lay_out", "overlaps_itself"]
@@ -63,8 +63,11 @@ def lay_out(entries: Iterable[StateEntry], *, like: Iterable[StateEntry] = ()) -
         )
     if set(groups) <= {""}:
         return plan_layout(groups[""][1] if groups else (), alignment=ALIGNMENT)
-    parts = [(device, plan_layout(extents, alignment=ALIGNMENT)) for device, extents in groups.values()]
-    return join_layouts(parts, alignment=ALIGNMENT)
+    parts = [
+        (device, plan_layout(extents, alignment=ALIGNMENT if device is None else DEVICE_ALIGNMENT))
+        for device, extents in groups.values()
+    ]
+    return join_layouts(parts, alignment=DEVICE_ALIGNMENT)
 
 
 class _Homes:

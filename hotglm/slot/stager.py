@@ -24,6 +24,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
+
 from hotglm.errors import (
     HotglmError,
     MemoryPlanError,
@@ -202,7 +204,9 @@ def _as_typed(failure: BaseException) -> BaseException:
         return failure
     text = describe_exception(failure)
     typed: HotglmError
-    if isinstance(failure, MemoryError) or "can't allocate memory" in describe_exception(failure, limit=10_000):
+    if isinstance(failure, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in describe_exception(
+        failure, limit=10_000
+    ):
         typed = MemoryPlanError(f"Expected memory for the stage, got {text}.", remedy="free memory and stage again.")
     else:
         typed = StageFailedError(

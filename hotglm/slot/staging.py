@@ -105,6 +105,10 @@ class _Stage:
             if taken.is_fresh:
                 self._request.populate(taken.arena)
         with self._request.owner.reading(), record.timed("copy"):
+            offered = entries if self._offer.module is not None else []
+            places.active.wait_for_sources(
+                (*(self._offer.tensors or {}).values(), *(entry.tensor for entry in offered))
+            )
             twin = copy_module(
                 code.module,
                 layout=layout,

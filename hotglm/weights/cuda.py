@@ -3,33 +3,35 @@
 Rules this module keeps:
 
 - Nothing of CUDA is touched before a tensor on a CUDA device was seen; importing this starts no context.
-- Every call is made with the right device current: the runtime would make a context on device 0 for a thread that has
-  none.
+- Every call is made with the right device current, and none makes another one current without the guard that torch
+  leaves without a trace: the runtime would make a context on device 0 for a thread that has none.
 - No call here waits for the device but `CudaEvent.wait`, which gives the GIL and the core away.
 - A stream that is being captured is left alone, and a thread of a stage tells the driver that its calls belong to no
   capture (`staging`); what a thread of the service captures meanwhile stays whole.
 
 [Note: streams of torch]
 Torch makes its streams once, in pools, and hands them out in turns: asking a pool often enough names them all, and
-asking costs nothing but the turn. The side stream is one of them, so a service that asks for more streams than a pool
-has may be given it as well: its work and ours then take turns, and are ordered more than they need be.
+asking costs nothing but the turn. The side stream is none of them. A service that is handed the same stream may capture
+it, and every copy that hotglm submits meanwhile would become part of that graph, and be made again, from windows that
+hold something else, at each replay. So the driver is asked for one; only where it gives none is torch's taken.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 
 import torch
 
-from hotglm.errors import ArgumentError, MemoryPlanError, shorten_repr
+from hotglm.errors import ArgumentError, MemoryPlanError, StageFailedError, shorten_repr
 from hotglm.problem import describe_exception
+from hotglm.weights.cuda_blocks import Blocks, keep_for_ever
+from hotglm.weights.cuda_driver import create_stream, leaving_captures_alone
 from hotglm.weights.device import Event
 from hotglm.weights.pinning import PinnedMemory
+from hotglm.weights.workers import yield_gil_when_due
 
 __all__ = ["CudaDevice", "CudaEvent", "find_cuda_device", "find_known_devices", "note_stream"]
 
@@ -53,27 +55,34 @@ _MOVE_NBYTES = 64 << 20
 
 _CAPTURE_POLL_S = 0.001
 
-_THREAD_LOCAL = 1
-"""`CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`."""
+_CAPTURE_LIMIT_S = 60.0
+"""How long the end of a capture is waited for. One whose thread has died ends never."""
 
 
 class CudaEvent:
     """An event that was recorded when it was made."""
 
-    __slots__ = ("_event",)
+    __slots__ = ("_event", "_index")
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         """Record it on `stream`."""
+        self._index = stream.device_index
         self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._event.record(stream)
+        try:
+            self._event.record(stream)
+        except RuntimeError:
+            keep_for_ever()  # whatever it was: memory that stays is less than a process that ends by a signal
+            raise
 
     def is_done(self) -> bool:
         """Tell whether everything before it is done."""
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._index):
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Sleep until everything before it is done."""
-        self._event.synchronize()
+        with torch.cuda.device(self._index):
+            self._event.synchronize()
 
     def hold_back(self, stream: torch.cuda.Stream) -> None:
         """Let what is submitted to `stream` from now on begin after it."""
@@ -84,11 +93,12 @@ class CudaDevice:
     """One CUDA device; see `Device`."""
 
     def __init__(self, index: int) -> None:
-        """Take the side stream from torch's pool."""
+        """Make the side stream."""
         self.index = index
         self.name = f"cuda:{index}"
         self._device = torch.device("cuda", index)
-        self._side = torch.cuda.Stream(device=self._device)  # type: ignore[no-untyped-call]
+        self._side = _make_side_stream(self._device)
+        self._blocks = Blocks()
         self._lock = threading.Lock()
         self._streams: dict[int, torch.cuda.Stream] = {}
 
@@ -97,19 +107,23 @@ class CudaDevice:
         try:
             with torch.inference_mode(mode=False), self.submitting():
                 block = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             raise MemoryPlanError(
                 f"Expected {nbytes} bytes on {self.name} for the spare, got none: {describe_exception(error)}.",
                 remedy="free device memory (torch.cuda.empty_cache()), or let go of old generations.",
             ) from error
-        for stream in self._find_streams():
-            block.record_stream(stream)
+        self._blocks.add(block, self._find_streams())
         return block
 
     def read_free_nbytes(self) -> int:
-        """Return what the driver has free, and what torch keeps in whole blocks and would give back."""
+        """Return what the driver has free, and what torch keeps in whole blocks and would give back.
+
+        What torch keeps for graphs counts as free, too, and is not: then `allocate` refuses what was planned.
+        """
         free, _ = torch.cuda.mem_get_info(self._device)
-        kept = torch.cuda.memory_stats(self._device)
+        kept = _read_statistics(self._device)
         reusable = (
             kept.get("reserved_bytes.all.current", 0)
             - kept.get("allocated_bytes.all.current", 0)
@@ -134,13 +148,19 @@ class CudaDevice:
         return CudaEvent(self._side)
 
     def record_passes(self) -> tuple[CudaEvent, ...]:
-        """Record an event on every stream that torch has, and on those it was told of."""
-        return tuple(_record_uncaptured(stream) for stream in self._find_streams())
+        """Record an event on every stream that torch has, and on those it was told of.
+
+        Raises:
+            StageFailedError: one of them has been captured for a minute.
+        """
+        with torch.cuda.device(self._device):
+            return tuple(_record_uncaptured(stream) for stream in self._find_streams())
 
     def record_here(self) -> tuple[CudaEvent, ...]:
         """Record an event on the current stream of this thread; none where that is being captured."""
-        stream = torch.cuda.current_stream(self._device)
-        return () if _is_captured(stream) else (CudaEvent(stream),)
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream(self._device)
+            return () if _is_captured(stream) else (CudaEvent(stream),)
 
     def wait_for(self, events: Iterable[Event]) -> None:
         """Hold the side stream back until `events` are done."""
@@ -149,25 +169,24 @@ class CudaDevice:
                 raise TypeError(f"an event of CUDA was expected, got {type(event).__name__}")
             event.hold_back(self._side)
 
-    def submitting(self) -> AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def submitting(self) -> Iterator[None]:
         """Make the side stream, and its device, current in this thread."""
-        return torch.cuda.stream(self._side)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._side):  # in this order; see the module's rules
+            yield
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[None]:
-        """Tell the driver that calls of this thread belong to no graph that another thread captures."""
-        before = _exchange_capture_mode(_THREAD_LOCAL)
-        try:
+        """Make the device current, and keep what this thread does out of the captures of others."""
+        with torch.cuda.device(self._device), leaving_captures_alone():
             yield
-        finally:
-            if before is not None:
-                _exchange_capture_mode(before)
 
     def note(self, stream: torch.cuda.Stream) -> None:
         """Count a stream that is not torch's own among those that passes use."""
         self._find_streams()
         with self._lock:
             self._streams[stream.cuda_stream] = stream
+        self._blocks.note(stream)
 
     def _find_streams(self) -> tuple[torch.cuda.Stream, ...]:
         with self._lock:
@@ -214,6 +233,27 @@ _lock = threading.Lock()
 _devices: dict[int, CudaDevice] = {}
 
 
+def _make_side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream that nobody else is handed ([Note: streams of torch]); it lives as long as the process."""
+    with torch.cuda.device(device), leaving_captures_alone():
+        handle = create_stream(device.index)
+    if handle is None:
+        return torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
+    return torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def _read_statistics(device: torch.device) -> dict[str, int]:
+    """Return those of torch's allocator; none where somebody put another one in its place."""
+    try:
+        return torch.cuda.memory_stats(device)
+    except RuntimeError:
+        return {}
+
+
 def _list_streams(device: torch.device) -> dict[int, torch.cuda.Stream]:
     """Return every stream that torch can hand out for `device`, by its handle ([Note: streams of torch])."""
     default = torch.cuda.default_stream(device)
@@ -236,33 +276,21 @@ def _record_uncaptured(stream: torch.cuda.Stream) -> CudaEvent:
     An event that is recorded in a capture is part of the graph, and says nothing of the work that was queued before.
     The capture may begin between the question and the record, so it is asked again.
     """
+    deadline = time.monotonic() + _CAPTURE_LIMIT_S
     while True:
+        yield_gil_when_due()
         if not _is_captured(stream):
             event = CudaEvent(stream)
             if not _is_captured(stream):
                 return event
+        if time.monotonic() > deadline:
+            raise StageFailedError(
+                f"Expected the capture of a CUDA graph to end, got one that has gone on for {_CAPTURE_LIMIT_S:.0f} s.",
+                remedy="stage outside of captures, and end those whose thread was interrupted.",
+            )
         time.sleep(_CAPTURE_POLL_S)
 
 
 def _is_captured(stream: torch.cuda.Stream) -> bool:
     with torch.cuda.stream(stream):
         return bool(torch.cuda.is_current_stream_capturing())
-
-
-def _exchange_capture_mode(mode: int) -> int | None:
-    """Set how calls of this thread go with captures of others; return how before, None where the driver has no say."""
-    global _driver  # noqa: PLW0603 - looked for once, and only where CUDA is used
-    if _driver is None:
-        try:
-            _driver = ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            return None
-    cell = ctypes.c_int(mode)
-    try:
-        code: int = _driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(cell))
-    except AttributeError:
-        return None
-    return cell.value if code == 0 else None
-
-
-_driver: ctypes.CDLL | None = None

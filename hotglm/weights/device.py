@@ -60,7 +60,14 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Device", "Event", "Pinned"]
+__all__ = ["DEVICE_ALIGNMENT", "Device", "Event", "Pinned"]
+
+DEVICE_ALIGNMENT = 512
+"""Bytes to which every tensor in a device's arena is aligned: as torch's own allocations are.
+
+cuBLAS and others choose a kernel by the alignment of what it reads. A tensor that is aligned to less than a cold load's
+may be multiplied by another kernel, and the outputs are then not equal bit for bit (P12).
+"""
 
 
 class Event(Protocol):
@@ -134,7 +141,11 @@ class Device(Protocol):
         ...
 
     def record_passes(self) -> tuple[Event, ...]:
-        """Record an event on every stream that a pass may have used (O2); blocks at most while a graph is captured."""
+        """Record an event on every stream that a pass may have used (O2); blocks at most while a graph is captured.
+
+        Raises:
+            StageFailedError: a capture does not end.
+        """
         ...
 
     def record_here(self) -> tuple[Event, ...]:
@@ -150,5 +161,5 @@ class Device(Protocol):
         ...
 
     def staging(self) -> AbstractContextManager[object]:
-        """Return what a thread of a stage works in: its calls must not end a graph capture of another thread."""
+        """Return what a thread of a stage works in: this device is current, and captures of other threads are safe."""
         ...

@@ -113,7 +113,7 @@ def join_layouts(parts: Iterable[tuple[Device | None, Layout]], *, alignment: in
 
     Args:
         parts: the layout of each device's tensors; no two have a name or an address in common.
-        alignment: what they were planned with.
+        alignment: the widest that they were planned with.
     """
     offsets: dict[str, int] = {}
     spans: list[Span] = []

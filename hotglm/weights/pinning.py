@@ -101,7 +101,8 @@ class PinnedMemory:
         codes: list[int] = []
 
         def ask() -> None:
-            with self._within(), torch.cuda.device(self._index):  # else the runtime makes a context on device 0
+            # A device that has failed raises here; the caller then tries, and says, what it can.
+            with contextlib.suppress(RuntimeError), self._within(), torch.cuda.device(self._index):
                 codes.append(int(call()))  # type: ignore[call-overload]
 
         start_thread(ask, name="hotglm-pin").join()

@@ -12,18 +12,31 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
+from hotglm.errors import SlotStateError
 from hotglm.weights.cuda import find_cuda_device, find_known_devices
+from hotglm.weights.cuda_driver import leaving_captures_alone
 from hotglm.weights.device import Device
 from hotglm.weights.ring import Ring
 
 __all__ = ["Places", "Streams", "active"]
 
-Streams = tuple[torch.cuda.Stream, ...]
-"""The streams that are current in a thread, of the devices that slots hold tensors on; new threads inherit none."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streams:
+    """Where a thread submits its work; new threads inherit none of it.
+
+    Attributes:
+        streams: those that are current, of the devices that slots hold tensors on.
+        device: the index of the current device; None where CUDA is not in use.
+    """
+
+    streams: tuple[torch.cuda.Stream, ...] = ()
+    device: int | None = None
 
 
 class Places:
@@ -54,12 +67,32 @@ class Places:
                 self._rings[device.name] = Ring(device)
             return self._rings[device.name]
 
+    def wait_for_sources(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Wait until what was submitted so far to the devices of `tensors` is done; then any stream may read them (O3).
+
+        What is offered may still be being computed, on a stream, and on a device, that no arena of the slot is on.
+        """
+        devices = {id(device): device for device in map(self.find, tensors) if device is not None}
+        for event in [event for device in devices.values() for event in device.record_passes()]:
+            event.wait()
+
     def read_streams(self) -> Streams:
-        """Return the streams of the calling thread, that of its current device last."""
+        """Return where the calling thread submits.
+
+        Raises:
+            SlotStateError: to a graph that it captures: a stage waits for the end of captures.
+        """
         if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            return ()
-        known = sorted(find_known_devices(), key=lambda device: device.index == torch.cuda.current_device())
-        return tuple(torch.cuda.current_stream(device.index) for device in known)
+            return Streams()
+        streams = tuple(torch.cuda.current_stream(device.index) for device in find_known_devices())
+        for stream in streams:
+            with torch.cuda.device(stream.device_index), torch.cuda.stream(stream):
+                if torch.cuda.is_current_stream_capturing():
+                    raise SlotStateError(
+                        f"Expected a thread that captures no CUDA graph, got one that does, on {stream.device}.",
+                        remedy="update before the capture begins, or after it has ended.",
+                    )
+        return Streams(streams=streams, device=torch.cuda.current_device())
 
     @contextlib.contextmanager
     def working(self, streams: Streams) -> Iterator[None]:
@@ -68,12 +101,41 @@ class Places:
         A warm-up on the service's own stream warms up what belongs to that stream: the blocks that the allocator keeps
         for it, and the workspaces of cuBLAS.
         """
-        with contextlib.ExitStack() as stack:
-            for stream in streams:
-                stack.enter_context(torch.cuda.stream(stream))
-            for device in find_known_devices()[:1]:  # the driver's mode is the thread's, for all devices
-                stack.enter_context(device.staging())
+        if streams.device is None:
             yield
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(leaving_captures_alone())  # the driver's mode is the thread's, for all devices
+            for stream in streams.streams:
+                stack.enter_context(_using(stream))
+            if streams.device != torch.cuda.current_device():  # else the guard would make a context on an idle device
+                stack.enter_context(torch.cuda.device(streams.device))
+            yield
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Work in a thread whose calls must end no graph capture of another thread, whatever is read in it."""
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            yield
+            return
+        with leaving_captures_alone():
+            yield
+
+
+@contextlib.contextmanager
+def _using(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Make a stream that of its device, and leave the current device what it is."""
+    before = torch.cuda.current_stream(stream.device_index)
+    _set_stream(stream)
+    try:
+        yield
+    finally:
+        _set_stream(before)
+
+
+def _set_stream(stream: torch.cuda.Stream) -> None:
+    with torch.cuda.device(stream.device_index):
+        torch.cuda.set_stream(stream)
 
 
 active = Places()

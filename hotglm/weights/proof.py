@@ -8,6 +8,7 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from hotglm.errors import (
     TensorValueError,
     shorten_repr,
 )
+from hotglm.weights import places
 from hotglm.weights.budget import UNLIMITED, Budget, Unlimited
 from hotglm.weights.digest import digest_tensor, tensor_bytes
 from hotglm.weights.finite import find_nonfinite
@@ -145,12 +147,17 @@ def run_load(tasks: list[Callable[[], None]], options: LoadOptions, *, nbytes: i
     """Run tasks on as many low-priority threads as the options say; what is done sooner than a thread starts, here."""
     is_small = nbytes < _SMALL_NBYTES
     run_tasks(
-        tasks,
+        [functools.partial(_run_aside, task) for task in tasks],
         num_threads=1 if is_small else options.num_threads,
         nice=0 if is_small else options.nice,
         cancellation=options.cancellation,
         name="hotglm-load",
     )
+
+
+def _run_aside(task: Callable[[], None]) -> None:
+    with places.active.aside():
+        task()
 
 
 def find_first_names(names: Mapping[str, object], targets: Mapping[str, Target]) -> dict[str, str]:

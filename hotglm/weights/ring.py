@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import threading
 from collections.abc import Iterator
 
 import torch
 
 from hotglm.errors import StageFailedError
-from hotglm.weights.device import Device, Event
+from hotglm.weights.device import DEVICE_ALIGNMENT, Device, Event
 from hotglm.weights.plan import CHUNK_NBYTES, IOV_MAX
 from hotglm.weights.workers import Cancellation
 
@@ -28,7 +29,7 @@ __all__ = ["NUM_WINDOWS", "WINDOW_NBYTES", "Ring", "Window"]
 NUM_WINDOWS = 16
 """Windows of a ring: more than there are reader threads for one device, so that some are always draining."""
 
-GAP_NBYTES = 64
+GAP_NBYTES = DEVICE_ALIGNMENT
 """Padding between two tensors of an arena, which travels with them when they are copied as one."""
 
 WINDOW_NBYTES = CHUNK_NBYTES + IOV_MAX * GAP_NBYTES
@@ -86,6 +87,7 @@ class Ring:
         self.nbytes = num_windows * window_nbytes
         self.pinned = device.pin(self.nbytes)
         self._idle: queue.SimpleQueue[Window] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self.num_windows = num_windows
         for index in range(num_windows):
             self._idle.put(Window(self, index * window_nbytes, window_nbytes))
@@ -144,7 +146,8 @@ class Ring:
             try:
                 window.event = self.device.record()  # after the last copy, on its stream
             except BaseException:
-                self.num_windows -= 1  # copies may read it for ever: it is never lent again
+                with self._lock:  # a count that one of two threads loses would leave a third waiting for ever
+                    self.num_windows -= 1  # copies may read it for ever: it is never lent again
                 raise
         window.is_dirty = False
         self._idle.put(window)

@@ -266,8 +266,8 @@ class Placed:
 def place_pieces(pieces: Iterable[Piece]) -> Iterator[Placed]:
     """Lay the pieces of a read out in a window, in order, so that few copies bring them to the arena.
 
-    Pieces with less than a cache line between them in the arena are copied together: whatever lies between two
-    tensors there takes a whole line, so what is less is padding, and belongs to nobody.
+    Pieces with less than `GAP_NBYTES` between them in the arena are copied together: whatever lies between two tensors
+    of a device takes as much, so what is less is padding, and belongs to nobody.
     """
     start = 0
     run: list[tuple[int, Piece]] = []
