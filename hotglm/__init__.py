@@ -150,6 +150,7 @@ _EXPORTS: dict[str, str] = {
     "WatchStatus": "hotglm.watching.status",
     "Watcher": "hotglm.watching.watcher",
     "WrongBaseError": "hotglm.errors",
+    "Yielding": "hotglm.weights.yielding",
     "Zeros": "hotglm.migration.initialisers",
     "contract_of": "hotglm.model.inspection",
     "create_trust": "hotglm.trust.opening",

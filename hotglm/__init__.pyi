@@ -478,6 +478,9 @@ from hotglm.watching.watcher import (
 from hotglm.weights.cuda import (
     note_stream as note_stream,
 )
+from hotglm.weights.yielding import (
+    Yielding as Yielding,
+)
 
 __version__: str
 __all__: list[str]  # noqa: PYI035 - a third copy of the names; those above are what is exported

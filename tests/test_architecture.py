@@ -240,6 +240,7 @@ PUBLIC_NAMES = [
     "WatchStatus",
     "Watcher",
     "WrongBaseError",
+    "Yielding",
     "Zeros",
     "contract_of",
     "create_trust",

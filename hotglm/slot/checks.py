@@ -34,6 +34,7 @@ from hotglm.output_spec import OutputSpec
 from hotglm.problem import describe_exception
 from hotglm.verdict import Finding
 from hotglm.weights.digest import tensor_bytes
+from hotglm.weights.yielding import Yielding
 
 __all__ = ["COMPILES_LATER", "Golden", "Inputs", "StagePolicy", "find_differences", "promise_outputs", "run_checks"]
 
@@ -86,10 +87,13 @@ class StagePolicy:
         reuse: copy what the live version has by the digests that a source promises, held against a fingerprint of it,
             and read the rest; without, every byte of a full source is read and hashed.
         convert_dtypes: convert floating-point tensors to the module's dtype instead of refusing them.
-        num_threads: threads that read and hash; None means all cores of the process but one, at least 1, at most 4.
+        num_threads: threads that read and hash; None means all cores of the process but one, at least 1, at most 4, and
+            1 with a pace.
         nice: how much the threads that read, copy and hash lower their priority, 0 to 19; 0 leaves it alone.
         max_bytes_per_s: most bytes that a load moves in a second, to leave memory bus and copy engines to the service;
             None means all that is there.
+        pace: `Yielding()` to leave the service alone: work in pieces, in a share of the time that shrinks when somebody
+            else wants the machine; see docs/quiet-loading.md. None means to take what is there at low priority.
         timeout_s: give up a stage after this time, in seconds; None means never.
     """
 
@@ -103,6 +107,7 @@ class StagePolicy:
     num_threads: int | None = None
     nice: int = 10
     max_bytes_per_s: float | None = None
+    pace: Yielding | None = None
     timeout_s: float | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -119,6 +124,7 @@ class StagePolicy:
             *(["num_threads"] if self.num_threads is not None and self.num_threads < 1 else []),
             *(["nice"] if not 0 <= self.nice <= 19 else []),
             *(["max_bytes_per_s"] if self.max_bytes_per_s is not None and not self.max_bytes_per_s > 0 else []),
+            *(["pace"] if self.pace is not None and not isinstance(self.pace, Yielding) else []),
             *(["timeout_s"] if self.timeout_s is not None and not self.timeout_s > 0 else []),
             *(["checks"] if not _is_tuple_of(self.checks, callable) else []),
             *(["goldens"] if not _is_tuple_of(self.goldens, lambda item: isinstance(item, Golden)) else []),

@@ -34,6 +34,7 @@ from hotglm.weights.digest import combine_digests
 from hotglm.weights.seals import Seal, matches_seal, seal_tensor
 from hotglm.weights.supply import Kept
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks, start_thread
+from hotglm.weights.yielding import AtWill, Pace, make_pace
 
 __all__ = ["LiveProof", "verify_live"]
 
@@ -76,19 +77,19 @@ def verify_live(
     core: SlotCore, *, quick: bool, num_threads: int | None, progress: Callable[[Progress], object] | None
 ) -> LiveProof:
     """Return the proof of what is live; see `ModuleSlot.verify_live`."""
-    started = time.perf_counter()
+    started, pace = time.perf_counter(), make_pace(core.settings.policy.pace)
     for _ in range(_NUM_ATTEMPTS):
         core.admission.wait_settled()
         before = core.admission.count_writes()
         if before % 2:
             continue  # the next commit has begun already
         reading = _Reading(core.admission.live.generation, quick=quick)
-        reading.run(num_threads=num_threads, progress=progress)
+        reading.run(num_threads=num_threads, pace=pace, progress=progress)
         if core.admission.count_writes() == before:
             return reading.conclude(core, started=started)
     with core.admission.reading():
         reading = _Reading(core.admission.live.generation, quick=quick)
-        reading.run(num_threads=num_threads, progress=progress)
+        reading.run(num_threads=num_threads, pace=pace, progress=progress)
     return reading.conclude(core, started=started)
 
 
@@ -113,10 +114,12 @@ class _Reading:
         self._nbytes = sum(self._count_nbytes(name) for name in self._first.values())
         self._devices = {name: places.active.find(entries[name]) for name in self._first.values()}
 
-    def run(self, *, num_threads: int | None, progress: Callable[[Progress], object] | None) -> None:
+    def run(
+        self, *, num_threads: int | None, pace: Pace | AtWill, progress: Callable[[Progress], object] | None
+    ) -> None:
         """Read every tensor once, in workers; the calling thread waits, reports, and may be interrupted."""
         ended: _Ended = queue.SimpleQueue()
-        cancellation = Cancellation()
+        cancellation, is_slow = Cancellation(), not isinstance(pace, AtWill)
         self._put_side_streams_behind()
 
         def work() -> None:
@@ -124,10 +127,11 @@ class _Reading:
                 for plan in (self._plan_quick, self._plan_rest):
                     run_tasks(
                         plan(ended, cancellation),
-                        num_threads=num_threads or min(_MAX_THREADS, max(1, count_cores() - 1)),
+                        num_threads=num_threads or (1 if is_slow else min(_MAX_THREADS, max(1, count_cores() - 1))),
                         nice=10,
                         cancellation=cancellation,
                         name="hotglm-verify",
+                        within=pace.working,
                     )
                 ended.put(None)
             except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits

@@ -34,6 +34,7 @@ from hotglm.weights.split_arena import SplitLease
 from hotglm.weights.supply import Supply
 from hotglm.weights.upload import Given, load_split
 from hotglm.weights.workers import Cancellation, run_tasks
+from hotglm.weights.yielding import AtWill, Pace
 
 __all__ = ["Loading"]
 
@@ -48,7 +49,7 @@ class Loading:
         *,
         digests: Mapping[str, str],
         policy: StagePolicy,
-        num_threads: int,
+        pace: Pace | AtWill,
         cancellation: Cancellation,
         count_writes: Callable[[], int],
     ) -> None:
@@ -58,8 +59,8 @@ class Loading:
             offer: as it was decided on; stays open.
             live: the generation that serves.
             digests: those that the caller adds to what the offer promises.
-            policy: of the stage.
-            num_threads: that read, copy, decode and hash.
+            policy: of the stage; it says how many threads.
+            pace: of the stage.
             cancellation: of the stage.
             count_writes: see `plan_sealing`.
         """
@@ -68,7 +69,8 @@ class Loading:
         self._live = live
         self._digests = digests
         self._policy = policy
-        self._num_threads = num_threads
+        self._num_threads = policy.num_threads or 1
+        self._pace = pace
         self._cancellation = cancellation
         self._supply: Supply | None = None
 
@@ -105,6 +107,7 @@ class Loading:
             nice=self._policy.nice,
             cancellation=self._cancellation,
             budget=UNLIMITED if rate is None else Budget(rate),
+            pace=self._pace,
             report=_Meter(report, total_nbytes=self._offer.nbytes).add,
         )
         loaded = self._load(targets, taken, options=options)
@@ -170,6 +173,7 @@ class Loading:
             nice=self._policy.nice,
             cancellation=self._cancellation,
             name="hotglm-seal",
+            within=self._pace.working,
         )
 
     def _keep_seals(self, loaded: Loaded) -> None:

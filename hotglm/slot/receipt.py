@@ -16,6 +16,7 @@ from hotglm.slot.memory import MemoryPlan
 from hotglm.slot.policies import InPlaceRecord
 from hotglm.verdict import Verdict
 from hotglm.version import Version
+from hotglm.weights.yielding import PaceRecord
 
 __all__ = ["Origins", "Receipt", "StageTiming"]
 
@@ -89,6 +90,7 @@ class Receipt:
         at_s: wall-clock time, seconds since 1970.
         code: error code of a refusal, else empty.
         in_place: where the slot swaps in place, what that did and what was compared afterwards.
+        pace: where the load yielded, how much it worked and paused.
     """
 
     action: str
@@ -115,6 +117,7 @@ class Receipt:
     at_s: float = 0.0
     code: str = ""
     in_place: InPlaceRecord | None = None
+    pace: PaceRecord | None = None
 
     @property
     def stage_s(self) -> float:
@@ -138,6 +141,7 @@ class Receipt:
             "verdict": None if self.verdict is None else self.verdict.explain(),
             "plan": None if self.plan is None else self.plan.explain(),
             "in_place": None if self.in_place is None else dataclasses.asdict(self.in_place),
+            "pace": None if self.pace is None else dataclasses.asdict(self.pace),
         }
         return plain
 
@@ -149,6 +153,7 @@ class Receipt:
         if self.timings:
             parts = ", ".join(f"{timing.part} {timing.duration_s * 1e3:.1f} ms" for timing in self.timings)
             lines.append(f"  staged from {self.source} in {self.stage_s * 1e3:.1f} ms: {parts}")
+        lines += [f"  load: {self.pace.explain()}"] if self.pace else []
         lines += [f"  weights: {origins}"] if (origins := self.origins.explain()) else []
         lines += [f"  migrated: {line}" for line in self.migration]
         lines += [f"  {self.in_place.explain()}"] if self.in_place else []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -23,8 +24,8 @@ from hotglm.trust.policy import Trust
 from hotglm.version import Bump, Version
 from hotglm.weights.arena import Arena
 from hotglm.weights.places import Streams
-from hotglm.weights.plan import CHUNK_NBYTES
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks
+from hotglm.weights.yielding import AtWill, Pace, Work, rest
 
 __all__ = ["StageRequest"]
 
@@ -60,18 +61,21 @@ class StageRequest:
         """How many threads read, copy and hash."""
         # One core is left to the service: a thread that shares it gets little done there and lengthens every pass (two
         # cores, 1 GiB: worst pass 1.14 of p50 with two threads, 1.03 with one, and the same 0.76 s for the stage).
-        return self.policy.num_threads or min(_MAX_THREADS, max(1, count_cores() - 1))
+        policy = self.policy
+        return policy.num_threads or (1 if policy.pace else min(_MAX_THREADS, max(1, count_cores() - 1)))
 
-    def populate(self, arena: Arena) -> None:
+    def populate(self, arena: Arena, pace: Pace | AtWill) -> None:
         """Fault the whole of `arena` in, so that loads do not."""
 
-        def fault(start: int) -> Callable[[], None]:
-            return lambda: arena.populate(start, CHUNK_NBYTES)
+        def fault(start: int) -> None:
+            rest(Work.FAULT, pace.chunk_nbytes)
+            arena.populate(start, pace.chunk_nbytes)
 
         run_tasks(
-            [fault(start) for start in range(0, arena.nbytes, CHUNK_NBYTES)],
+            [partial(fault, start) for start in range(0, arena.nbytes, pace.chunk_nbytes)],
             num_threads=self.num_threads,
             nice=self.policy.nice,
             cancellation=self.cancellation,
             name="hotglm-populate",
+            within=pace.working,
         )

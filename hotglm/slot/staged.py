@@ -25,12 +25,13 @@ from hotglm.slot.memory import MemoryPlan
 from hotglm.slot.receipt import Origins, StageTiming
 from hotglm.verdict import Verdict
 from hotglm.version import Version
+from hotglm.weights.yielding import PaceRecord
 
 __all__ = ["RECEIPT_PARTS", "StageRecord", "Staged"]
 
 RECEIPT_PARTS = (
     *("source", "verdict", "plan", "timings", "checks", "carried", "refreshed", "converted", "origins", "migration"),
-    *("recompiles", "recaptures"),
+    *("recompiles", "recaptures", "pace"),
 )
 """What a receipt takes over from the stage as it is."""
 
@@ -56,6 +57,7 @@ class Staged:
         migration: what was done to bring the weights to the code's layout, in words; empty where nothing was.
         recompiles: pieces of code that torch compiled while it was staged.
         recaptures: device graphs that torch recorded while it was staged.
+        pace: where the load yielded, how much it worked and paused.
     """
 
     __hotglm_slot__ = True
@@ -97,6 +99,7 @@ class Staged:
         self.origins = record.origins
         self.migration = record.migration
         self.recompiles, self.recaptures = record.recompiles, record.recaptures
+        self.pace = record.pace
 
     @property
     def state(self) -> State:
@@ -193,6 +196,7 @@ class StageRecord:
     migration: tuple[str, ...] = ()
     recompiles: int = 0
     recaptures: int = 0
+    pace: PaceRecord | None = None
 
     @contextmanager
     def timed(self, part: str, nbytes: int = 0) -> Iterator[None]:

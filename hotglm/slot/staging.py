@@ -44,6 +44,7 @@ from hotglm.weights import places
 from hotglm.weights.arena import Lease
 from hotglm.weights.digest import combine_digests
 from hotglm.weights.proof import Loaded, Target
+from hotglm.weights.yielding import make_pace
 
 __all__ = ["stage_version"]
 
@@ -75,6 +76,7 @@ class _Stage:
         self._spares = spares
         self._record = record
         self._offer = offer
+        self._pace = make_pace(request.policy.pace)
 
     def run(self, stack: ExitStack) -> Staged:
         """Return the proved stage; `stack` closes what it opens."""
@@ -103,7 +105,7 @@ class _Stage:
         with record.timed("memory"):
             taken = self._spares.take(record.plan, layout.regions, cancellation=cancellation)
             if taken.is_fresh:
-                self._request.populate(taken.arena)
+                self._request.populate(taken.arena, self._pace)
         with self._request.owner.reading(), record.timed("copy"):
             offered = entries if self._offer.module is not None else []
             places.active.wait_for_sources(
@@ -161,6 +163,7 @@ class _Stage:
     def _load(self, loading: Loading, targets: Mapping[str, Target], taken: TakenSpare) -> Loaded:
         with self._record.timed("load", nbytes=self._offer.nbytes):
             loaded, self._record.origins = loading.run(targets, taken=taken, report=self._request.report)
+        self._record.pace = self._pace.record
         self._record.converted = loaded.converted
         return loaded
 
@@ -171,8 +174,8 @@ class _Stage:
             self._offer,
             request.live,
             digests=request.digests,
-            policy=request.policy,
-            num_threads=request.num_threads,
+            policy=replace(request.policy, num_threads=request.num_threads),
+            pace=self._pace,
             cancellation=request.cancellation,
             count_writes=request.owner.count_writes,
         )

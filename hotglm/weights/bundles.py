@@ -21,8 +21,18 @@ from hotglm.weights.arena import Lease
 from hotglm.weights.digest import format_digest, tensor_bytes, view_buffer
 from hotglm.weights.plan import CHUNK_NBYTES, Read
 from hotglm.weights.proof import LoadOptions
+from hotglm.weights.yielding import Work, rest
 
-__all__ = ["ReadingTurn", "bundle_names", "count_nbytes", "make_turn", "read_bundle", "read_into"]
+__all__ = [
+    "ReadingTurn",
+    "bundle_names",
+    "copy_in_pieces",
+    "count_nbytes",
+    "cut_pairs",
+    "make_turn",
+    "read_bundle",
+    "read_into",
+]
 
 
 ReadingTurn = contextlib.AbstractContextManager[object]
@@ -59,9 +69,11 @@ def read_bundle(
         options.budget.take(read.nbytes, cancellation=options.cancellation)
         views = [lease.bytes(piece.arena_offset, piece.nbytes) for piece in read.pieces]
         file = files[read.file]
+        rest(Work.READ, read.nbytes)
         with turn:
             read_scattered(file.fd, views, read.file_offset, path=file.path, size=file.size)
         if running is not None:
+            rest(Work.HASH, read.nbytes)
             running.update(views[0])
         for name in read.completes:
             yield name, format_digest(running.hexdigest()) if running is not None else None
@@ -78,12 +90,35 @@ def read_into(tensor: torch.Tensor, location: TensorLocation, *, turn: ReadingTu
     if not location.nbytes:
         return
     file, data = location.file, view_buffer(tensor_bytes(tensor))
-    for start in range(0, location.nbytes, CHUNK_NBYTES):
+    for start in range(0, location.nbytes, options.pace.chunk_nbytes):
         options.cancellation.raise_if_cancelled()
-        part = data[start : start + CHUNK_NBYTES]
+        part = data[start : start + options.pace.chunk_nbytes]
         options.budget.take(part.nbytes, cancellation=options.cancellation)
+        rest(Work.READ, part.nbytes)
         with turn:
             read_scattered(file.fd, [part], location.offset + start, path=file.path, size=file.size)
+
+
+def copy_in_pieces(view: torch.Tensor, tensor: torch.Tensor, options: LoadOptions) -> None:
+    """Copy a tensor into a view of its shape, at the budget and the pace of a load."""
+    for into, piece in cut_pairs(view, tensor, options.pace.chunk_nbytes):
+        options.budget.take(piece.nbytes, cancellation=options.cancellation)
+        rest(Work.COPY, piece.nbytes)
+        into.copy_(piece)
+
+
+def cut_pairs(
+    view: torch.Tensor, tensor: torch.Tensor, chunk_nbytes: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the same parts of two tensors of one shape, none larger than a chunk unless a single row is."""
+    if tensor.nbytes <= chunk_nbytes or not tensor.dim():
+        yield view, tensor
+        return
+    if view.is_contiguous() and tensor.is_contiguous():
+        view, tensor = view.view(-1), tensor.view(-1)
+    num_rows = max(1, chunk_nbytes * len(tensor) // tensor.nbytes)
+    for start in range(0, len(tensor), num_rows):
+        yield view[start : start + num_rows], tensor[start : start + num_rows]
 
 
 def make_turn(options: LoadOptions) -> ReadingTurn:

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hotglm.weights.dtypes import dtype_name
+from hotglm.weights.yielding import Work, cut_work
 
 __all__ = ["combine_digests", "digest_tensor", "format_digest", "tensor_bytes", "view_buffer"]
 
@@ -40,7 +41,10 @@ def digest_tensor(tensor: torch.Tensor) -> str:
     data = tensor_bytes(tensor).cpu()
     if data.numel() == 0:
         return format_digest(hashlib.sha256().hexdigest())
-    return format_digest(hashlib.sha256(view_buffer(data)).hexdigest())
+    running = hashlib.sha256()
+    for piece in cut_work(view_buffer(data), Work.HASH):
+        running.update(piece)
+    return format_digest(running.hexdigest())
 
 
 def view_buffer(data: torch.Tensor) -> memoryview:

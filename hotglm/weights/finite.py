@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hotglm.weights.yielding import Work, cut_work
+
 __all__ = ["NonFinite", "find_nonfinite"]
 
 _NATIVE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -37,9 +39,14 @@ def find_nonfinite(tensor: torch.Tensor) -> NonFinite | None:
     if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     flat = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
-    if flat.dtype in _NATIVE and (math.isfinite(flat.sum().item()) or _has_finite_ends(flat)):
+    if flat.dtype in _NATIVE and (_has_finite_sum(flat) or _has_finite_ends(flat)):
         return None
     return _search(tensor.detach())
+
+
+def _has_finite_sum(flat: torch.Tensor) -> bool:
+    pieces = cut_work(flat.view(-1), Work.SCAN) if flat.is_contiguous() and flat.device.type == "cpu" else [flat]
+    return all(math.isfinite(piece.sum().item()) for piece in pieces)
 
 
 def _has_finite_ends(flat: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ import torch
 from hotglm.errors import DeltaError, DigestMismatchError, TensorValueError
 from hotglm.release.files import TensorLocation, WeightFiles
 from hotglm.weights.arena import Lease
-from hotglm.weights.bundles import bundle_names, count_nbytes, make_turn, read_bundle, read_into
+from hotglm.weights.bundles import bundle_names, copy_in_pieces, count_nbytes, make_turn, read_bundle, read_into
 from hotglm.weights.delta_codec import decode_into
 from hotglm.weights.plan import Read, Transfer, plan_reads
 from hotglm.weights.proof import (
@@ -39,6 +39,7 @@ from hotglm.weights.proof import (
 )
 from hotglm.weights.seals import Seal, copy_sealed, is_intact, seal_tensor
 from hotglm.weights.supply import Kept, Supply
+from hotglm.weights.yielding import rest
 
 __all__ = ["load_files", "load_supply", "load_tensors"]
 
@@ -98,7 +99,7 @@ def load_tensors(tensors: Mapping[str, torch.Tensor], targets: Mapping[str, Targ
     def copy(name: str) -> None:
         target, tensor = targets[name], tensors[name].detach()
         if first_names[target.key] == name:
-            target.view.copy_(tensor)
+            copy_in_pieces(target.view, tensor, options)
         settle_tensor(
             name, target, tensor=tensor, is_first=first_names[target.key] == name, loaded=loaded, options=options
         )
@@ -129,7 +130,6 @@ class _SupplyJob:
         self._targets = targets
         self._lease = lease
         self._options = options
-        self._pause = options.cancellation.raise_if_cancelled
         self._first_names = find_first_names(supply.tensors, targets)
         self._reading = make_turn(options)
         self._reuses = supply.reuses
@@ -177,7 +177,8 @@ class _SupplyJob:
         largest = sorted(ways["decode"], key=lambda name: self.supply.tensors[name].nbytes, reverse=True)
         numbers = {id(file): number for number, file in enumerate(self.supply.files)}
         transfers = [self._transfer(name, numbers) for name in ways["read"]]
-        bundles = sorted(plan_reads(transfers), key=count_nbytes, reverse=True)
+        reads = plan_reads(transfers, chunk_nbytes=self._options.pace.chunk_nbytes)
+        bundles = sorted(reads, key=count_nbytes, reverse=True)
         empty = [transfer.name for transfer in transfers if not transfer.nbytes]
         copies = bundle_names(ways["copy"], {name: self.supply.tensors[name].nbytes for name in ways["copy"]})
         return [
@@ -214,6 +215,10 @@ class _SupplyJob:
         )
 
     # -- filling -------------------------------------------------------------------------------------------------------
+
+    def _pause(self) -> None:
+        self._options.cancellation.raise_if_cancelled()
+        rest()
 
     def _read_bundle(self, reads: tuple[Read, ...]) -> None:
         found = read_bundle(reads, self.supply.files, lease=self._lease, turn=self._reading, options=self._options)
@@ -259,6 +264,7 @@ class _SupplyJob:
     def _copy(self, name: str, kept: Kept, *, into: torch.Tensor | None) -> bool:
         """Copy a tensor from memory, into its target or to be made another; return whether it was what it should be."""
         view = self._targets[name].view if into is None else into
+        self._options.budget.take(view.nbytes, cancellation=self._options.cancellation)
         seal = copy_sealed(view, kept.tensor, kept.seal, pause=self._pause)
         if seal is None:
             self.loaded.drifted.append(name)

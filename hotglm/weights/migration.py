@@ -58,6 +58,7 @@ from hotglm.weights.proof import (
 )
 from hotglm.weights.scratch import Scratch
 from hotglm.weights.supply import Supply
+from hotglm.weights.yielding import Work, cut_work, rest
 
 __all__ = ["load_migrated"]
 
@@ -137,7 +138,8 @@ class _Job:
 
     def plan_firsts(self) -> list[Callable[[], None]]:
         """Return the tasks that fill every target once; the largest first, so that the threads end together."""
-        bundles = sorted(plan_reads(self._transfers()), key=count_nbytes, reverse=True)
+        reads = plan_reads(self._transfers(), chunk_nbytes=self._options.pace.chunk_nbytes)
+        bundles = sorted(reads, key=count_nbytes, reverse=True)
         computed = [(unit, names) for unit in self._plan.units if (names := self._computed(unit))]
         return [
             *(functools.partial(self._read_bundle, self._files, bundle) for bundle in bundles if self._files),
@@ -261,7 +263,8 @@ class _Job:
         state = hashlib.sha256()
         for _, offset, nbytes in sorted(self._pieces_of(source)):
             self._options.cancellation.raise_if_cancelled()
-            state.update(self._lease.bytes(offset, nbytes))
+            for piece in cut_work(self._lease.bytes(offset, nbytes), Work.HASH):
+                state.update(piece)
         return format_digest(state.hexdigest())
 
     def _pieces_of(self, source: str) -> Iterator[tuple[int, int, int]]:
@@ -293,6 +296,7 @@ class _Job:
         for name in names:
             self._options.cancellation.raise_if_cancelled()
             target, expression = self._targets[name], self._plan.outputs[name]
+            rest()
             try:
                 evaluation.write(expression, target.view)
             except TensorValueError as error:  # tensors that cannot be tied: named with all else that is wrong

@@ -22,6 +22,7 @@ from hotglm.weights.digest import digest_tensor
 from hotglm.weights.proof import Loaded, LoadOptions, describe_bad_bool, is_bad_bool
 from hotglm.weights.scratch import Workspace, align
 from hotglm.weights.supply import SourceTensor, Supply
+from hotglm.weights.yielding import rest
 
 __all__ = ["Operands", "describe_mismatch"]
 
@@ -98,11 +99,14 @@ class Operands:
         read_into(tensor, source.located, turn=self._turn, options=self._options)
         nbytes = source.nbytes
         for step in source.steps:
-            pause = self._options.cancellation.raise_if_cancelled
-            decode_into(tensor, codec=step.codec, parts=step.parts, name=name, pause=pause)
+            decode_into(tensor, codec=step.codec, parts=step.parts, name=name, pause=self._pause)
             nbytes += sum(part.nbytes for part in step.parts)
         self._loaded.add(read_nbytes=nbytes, decoded_nbytes=source.nbytes if source.steps else 0)
         return tensor
+
+    def _pause(self) -> None:
+        self._options.cancellation.raise_if_cancelled()
+        rest()
 
     def _take_one(self, tensor: torch.Tensor, work: Workspace | None) -> torch.Tensor:
         plain = tensor.detach().to("cpu").resolve_conj().resolve_neg()

@@ -30,6 +30,7 @@ from hotglm.weights.digest import digest_tensor, tensor_bytes
 from hotglm.weights.finite import find_nonfinite
 from hotglm.weights.seals import Seal
 from hotglm.weights.workers import Cancellation, run_tasks
+from hotglm.weights.yielding import AT_WILL, AtWill, Pace
 
 __all__ = [
     "LoadOptions",
@@ -84,6 +85,7 @@ class LoadOptions:
         nice: how much the extra threads lower their priority.
         cancellation: stops the load at its next chunk.
         budget: how fast bytes may be moved.
+        pace: what part of the time threads work.
         report: called with a number of bytes whenever that many more are done; from any worker thread.
     """
 
@@ -94,6 +96,7 @@ class LoadOptions:
     nice: int = 0
     cancellation: Cancellation = field(default_factory=Cancellation)
     budget: Budget | Unlimited = UNLIMITED
+    pace: Pace | AtWill = AT_WILL
     report: Callable[[int], object] = _ignore
 
 
@@ -152,6 +155,7 @@ def run_load(tasks: list[Callable[[], None]], options: LoadOptions, *, nbytes: i
         nice=0 if is_small else options.nice,
         cancellation=options.cancellation,
         name="hotglm-load",
+        within=options.pace.working,
     )
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from hotglm.weights.digest import digest_tensor, format_digest, view_buffer
+from hotglm.weights.yielding import rest
 
 __all__ = ["WORD_NBYTES", "Seal", "copy_sealed", "find_flat", "is_intact", "matches_seal", "seal_tensor"]
 
@@ -149,6 +150,7 @@ def find_flat(tensor: torch.Tensor) -> torch.Tensor | None:
 
 def _cut(flat: torch.Tensor) -> Iterator[torch.Tensor]:
     for start in range(0, flat.numel(), _CHUNK_NBYTES):
+        rest()
         yield flat[start : start + _CHUNK_NBYTES]
 
 

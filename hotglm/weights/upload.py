@@ -30,7 +30,7 @@ import torch
 from hotglm.release.reading import read_scattered
 from hotglm.weights import places
 from hotglm.weights.arena import Arena, Lease
-from hotglm.weights.bundles import count_nbytes
+from hotglm.weights.bundles import count_nbytes, cut_pairs
 from hotglm.weights.device_arena import DeviceLease
 from hotglm.weights.digest import format_digest
 from hotglm.weights.plan import Piece, Read, Transfer, plan_reads
@@ -38,6 +38,7 @@ from hotglm.weights.proof import Loaded, LoadOptions, Target, prove_tensor, run_
 from hotglm.weights.ring import GAP_NBYTES, Ring
 from hotglm.weights.split_arena import SplitLease
 from hotglm.weights.supply import SourceTensor, Supply
+from hotglm.weights.yielding import Work, is_yielding, rest
 
 __all__ = ["Given", "Placed", "load_split", "place_pieces"]
 
@@ -72,7 +73,24 @@ def load_split(
     Raises:
         HotglmError: what the loaders of files, mappings and migrations raise.
     """
-    wanted = list(names)
+    with options.pace.working(options.cancellation):
+        loaded = _load_all(
+            source, targets, lease=lease, options=options, wanted=list(names), load=load, is_plain=is_plain
+        )
+        lease.settle()
+    return loaded
+
+
+def _load_all(
+    source: Given,
+    targets: Mapping[str, Target],
+    *,
+    lease: SplitLease,
+    options: LoadOptions,
+    wanted: list[str],
+    load: Load,
+    is_plain: bool,
+) -> Loaded:
     direct = _find_direct(source, targets, lease, wanted) if is_plain else []
     loaded = _load_direct(source, direct, targets, lease=lease, options=options)
     known = set(direct)
@@ -81,7 +99,6 @@ def load_split(
         left = _without(source, known)
         more = _load_image(left, rest, targets, lease=lease, options=options, load=load)
         loaded = _join(loaded, more)
-    lease.settle()
     return loaded
 
 
@@ -162,9 +179,13 @@ def _copy_all(
     for name in names:
         options.cancellation.raise_if_cancelled()
         tensor, view = tensors[name].detach(), targets[name].view
-        options.budget.take(tensor.nbytes, cancellation=options.cancellation)
-        with lease.submitting():
-            view.copy_(tensor)
+        for into, piece in cut_pairs(view, tensor, options.pace.chunk_nbytes):
+            options.budget.take(piece.nbytes, cancellation=options.cancellation)
+            rest(Work.UPLOAD, piece.nbytes)
+            with lease.submitting():
+                into.copy_(piece)
+            if is_yielding():
+                lease.settle()
         if tensor.dtype is not view.dtype:
             loaded.converted.append(name)
         options.report(tensor.nbytes)
@@ -198,7 +219,7 @@ def _read_all(
         reader = _Reader(files=files, lease=part, ring=ring, options=options, digests=digests)
         tasks += [
             (count_nbytes(reads), functools.partial(reader.read_bundle, reads))
-            for reads in plan_reads(transfers, chunk_nbytes=ring.chunk_nbytes)
+            for reads in plan_reads(transfers, chunk_nbytes=min(ring.chunk_nbytes, options.pace.chunk_nbytes))
         ]
     tasks.sort(key=lambda task: task[0], reverse=True)  # the largest first, so that the threads end together
     run_load([task for _, task in tasks], options, nbytes=sum(nbytes for nbytes, _ in tasks))
@@ -229,10 +250,14 @@ class _Reader:
             placed = tuple(place_pieces(read.pieces))
             views = [window.bytes(start, piece.nbytes) for run in placed for start, piece in run.pieces]
             file = self.files.files[read.file]
+            rest(Work.READ, read.nbytes)
             read_scattered(file.fd, list(views), read.file_offset, path=file.path, size=file.size)
+            rest(Work.UPLOAD, read.nbytes)
             for run in placed:
                 window.copy(run.start, self.lease.range(run.arena_offset, run.nbytes))
+            _wait_if_yielding(self.ring)
             if options.digest or options.expected:  # while the copy engine reads the window
+                rest(Work.HASH, read.nbytes)
                 self._hash(read, views, running)
         options.report(read.nbytes)
 
@@ -244,6 +269,12 @@ class _Reader:
         running.update(views[0])
         for name in read.completes:
             self.digests[name] = format_digest(running.hexdigest())
+
+
+def _wait_if_yielding(ring: Ring) -> None:
+    """Leave the copy engine alone until the next piece, and have the time that it took for this one told from it."""
+    if is_yielding():
+        ring.device.record().wait()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,9 +382,12 @@ def _move(image: Lease, offset: int, nbytes: int, *, lease: SplitLease, options:
         part.view(start, dtype=torch.uint8, shape=(nbytes,)).copy_(data)
         return
     ring = places.active.ring(part.device)
-    for at in range(0, nbytes, ring.chunk_nbytes):
-        piece = data[at : at + ring.chunk_nbytes]
+    step = min(ring.chunk_nbytes, options.pace.chunk_nbytes)
+    for at in range(0, nbytes, step):
+        piece = data[at : at + step]
         options.budget.take(piece.numel(), cancellation=options.cancellation)
+        rest(Work.UPLOAD, piece.numel())
         with ring.lend(cancellation=options.cancellation) as window:
             window.tensor(0, piece.numel()).copy_(piece)  # torch's copy: it gives the GIL away
             window.copy(0, part.range(start + at, piece.numel()))
+            _wait_if_yielding(ring)

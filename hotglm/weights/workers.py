@@ -187,12 +187,19 @@ def start_thread(target: Callable[[], None], *, name: str, owner: object | None 
 
 
 def run_tasks(
-    tasks: Iterable[Callable[[], None]], *, num_threads: int, nice: int, cancellation: Cancellation, name: str
+    tasks: Iterable[Callable[[], None]],
+    *,
+    num_threads: int,
+    nice: int,
+    cancellation: Cancellation,
+    name: str,
+    within: Callable[[Cancellation], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> None:
     """Run `tasks` on `num_threads` threads and return when all have ended.
 
     Tasks start in order. On failure no further task starts, the running ones finish, and the first failure is raised.
     Without `nice`, the calling thread is one of them; with it, it waits, because its own priority is not lowered.
+    Each of them works in a context of its own, made by `within`.
 
     Raises:
         ThreadStartError: not even one thread could be started.
@@ -201,10 +208,13 @@ def run_tasks(
     work = _Work(tasks, cancellation)
     threads: list[threading.Thread] = []
 
+    def work_alone() -> None:
+        with computing_alone(), within(cancellation):
+            work.run()
+
     def run_quietly() -> None:
         lower_priority(nice)
-        with computing_alone():
-            work.run()
+        work_alone()
 
     try:
         for index in range(0 if nice else 1, min(num_threads, work.num_tasks)):
@@ -213,8 +223,7 @@ def run_tasks(
     except ThreadStartError as failure:
         work.failures.append(failure)
     if not nice:
-        with computing_alone():
-            work.run()
+        work_alone()
     for thread in threads:
         thread.join()
     if work.failures:

@@ -1,0 +1,485 @@
+"""Loading in a share of a core's time that shrinks when somebody else wants the machine: a load that yields.
+
+Rules this module keeps:
+
+- Work is cut into pieces. One that kept a core or a copy engine busy for `b` is followed by a pause of `b/u - t`, where
+  `u` is the share and `t` what the piece took. Time in which a thread waited, for a disk, a core or the GIL, is pause
+  already. So a load that is busy for `B` and waits for `W` ends within `W + B / min_share`, whatever is sensed.
+- A pass pays nothing and tells nothing (P3). What is sensed is the load's own fate: what its pieces cost, and how long
+  its threads stood in the queue for a core.
+- A thread works under a pace or under none; without one, `rest` returns at once.
+- A pause ends when the stage is cancelled.
+
+[Note: yielding]
+That the harm which a background task does can be told from its own progress is Douceur and Bolosky's ("Progress-based
+regulation of low-importance processes", SOSP 1999). That the least cost seen is what a piece costs alone, and that any
+excess is contention, is LEDBAT's (RFC 6817; there, too, the least is that of recent intervals). The share follows
+additive increase, multiplicative decrease (Chiu and Jain, 1989), once in an interval:
+
+    u <- max(min_share, u / 2)             where the interval was contended
+    u <- min(max_share, u + max_share / 8) where it was not
+
+An interval is contended if its pieces cost more than 1.3 times the least, or if more than a tenth of the time in which
+its threads could have run was spent in the queue for a core.
+
+- Cost is the thread's time on its core (`CLOCK_THREAD_CPUTIME_ID`) for a byte: a core that waits for a bus, a cache or
+  its sibling thread is busy, and one that waits for a disk is not. For a copy to a device it is the time until the host
+  saw it done.
+- Pieces of one kind are compared with each other, in runs of four and from 256 KiB on: of smaller ones, Python is most.
+  A piece in which the thread waited for longer than it worked says nothing: it has met a cold page cache.
+- The least is that of the last half minute to minute, in intervals. A service that leaves no gap for longer than that
+  is sensed as contention no more, by cost; it is by the queue.
+
+Not everything that disturbs a service can be sensed from here. `max_share` bounds that: a pass that takes `1 + s` of
+its time beside a load that never pauses takes `1 + s * max_share` beside one whose pieces are much shorter than the
+pass. So the largest share is a quarter, and not all of the time where nothing is sensed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from hotglm.errors import ArgumentError
+from hotglm.weights.plan import CHUNK_NBYTES
+from hotglm.weights.workers import Cancellation
+
+__all__ = [
+    "AT_WILL",
+    "AtWill",
+    "Pace",
+    "PaceRecord",
+    "Senses",
+    "Work",
+    "Yielding",
+    "cut_work",
+    "is_yielding",
+    "make_pace",
+    "next_share",
+    "rest",
+]
+
+PIECE_NBYTES = 1 << 20
+"""Largest piece of a load that yields: some 0.1 ms of copying, or 0.7 ms of hashing."""
+
+INTERVAL_S = 0.05
+"""How often the share is decided on, at most."""
+
+EXCESS = 1.3
+"""Cost over the least cost from which on an interval is contended."""
+
+QUEUED = 0.1
+"""Part of the time in which a thread could have run, from which on queueing for a core is contention."""
+
+STEPS = 8
+"""Intervals without contention from a share of nothing to the largest."""
+
+_BACK_OFF = 0.5
+_RUN = 4
+_MIN_JUDGED_NBYTES = 256 << 10
+_NUM_REMEMBERED = 600
+_MIN_PAUSE_S = 0.0005
+_SLICE_S = 0.05
+
+
+class Work(enum.Enum):
+    """What is done with the bytes of a piece; pieces of one kind cost alike."""
+
+    READ = "read"
+    COPY = "copy"
+    HASH = "hash"
+    SCAN = "scan"
+    UPLOAD = "upload"
+    FAULT = "fault"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yielding:
+    """Stage in a share of one core's time that shrinks when the machine is wanted; see `StagePolicy.pace`.
+
+    Attributes:
+        max_share: largest part of the time in which each thread of a load works, above 0 and at most 1.
+        min_share: the part that is always its own, so that a load ends: what takes `B` of work is done within
+            `B / min_share`, and whatever it waits for disks and cores.
+    """
+
+    max_share: float = 0.25
+    min_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ArgumentError: the shares are not in order.
+        """
+        if not 0 < self.min_share <= self.max_share <= 1:
+            raise ArgumentError(
+                f"Expected 0 < min_share <= max_share <= 1, got {self}.",
+                remedy="Yielding() takes a twentieth to a quarter of a core; min_share is what it never goes below.",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaceRecord:
+    """How a load yielded.
+
+    Attributes:
+        busy_s: time in which its threads worked, in seconds.
+        yielded_s: time in which they paused for the service.
+        num_intervals: how often the share was decided on.
+        num_contended: how often somebody else wanted the machine.
+        least_share: smallest share of the time that it took.
+        last_share: the share that it took at the end.
+    """
+
+    busy_s: float
+    yielded_s: float
+    num_intervals: int
+    num_contended: int
+    least_share: float
+    last_share: float
+
+    def explain(self) -> str:
+        """Return it as a phrase."""
+        return (
+            f"worked for {self.busy_s * 1e3:.1f} ms, yielded for {self.yielded_s * 1e3:.1f} ms; contended in "
+            f"{self.num_contended} of {self.num_intervals} intervals, share {self.least_share:.3f} at least and "
+            f"{self.last_share:.3f} at the end"
+        )
+
+
+# -- senses ------------------------------------------------------------------------------------------------------------
+
+
+class QueueClock(Protocol):
+    """How long one thread has stood in the queue for a core."""
+
+    def read(self) -> float:
+        """Return the time so far, in seconds."""
+        ...
+
+    def close(self) -> None:
+        """Read no more."""
+        ...
+
+
+class _RunQueue:
+    """The time that the thread which made this has been ready to run and did not, as Linux counts it; elsewhere 0."""
+
+    def __init__(self) -> None:
+        try:
+            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._fd = -1
+
+    def read(self) -> float:
+        if self._fd < 0:
+            return 0.0
+        try:
+            return int(os.pread(self._fd, 128, 0).split()[1]) * 1e-9
+        except (OSError, ValueError, IndexError):  # a kernel without it, or one that hides it: nothing is sensed
+            return 0.0
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Senses:
+    """What a pace knows of the world; those of the system, or a test's own.
+
+    Attributes:
+        now: a clock that only grows, in seconds.
+        used: time that the calling thread has been on a core, in seconds.
+        open_queue: makes the clock of the calling thread's waits for one.
+        sleep: waits for some seconds.
+    """
+
+    now: Callable[[], float] = time.perf_counter
+    used: Callable[[], float] = time.thread_time
+    open_queue: Callable[[], QueueClock] = _RunQueue
+    sleep: Callable[[float], object] = time.sleep
+
+
+# -- the share ---------------------------------------------------------------------------------------------------------
+
+
+class _Costs:
+    """What pieces of one kind cost for a byte: in this interval, and at least in recent ones."""
+
+    __slots__ = ("_run", "_run_nbytes", "_run_s", "before", "latest", "nbytes", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.nbytes = 0
+        self.latest = self.before = float("inf")
+        self._run = self._run_nbytes = 0
+        self._run_s = 0.0
+
+    def add(self, seconds: float, nbytes: int) -> None:
+        self.seconds += seconds
+        self.nbytes += nbytes
+        self._run, self._run_s, self._run_nbytes = self._run + 1, self._run_s + seconds, self._run_nbytes + nbytes
+        if self._run == _RUN:
+            self.latest = min(self.latest, self._run_s / self._run_nbytes)
+            self._run, self._run_s, self._run_nbytes = 0, 0.0, 0
+
+    @property
+    def least(self) -> float:
+        return min(self.latest, self.before)
+
+    def forget(self) -> None:
+        self.before, self.latest = self.latest, float("inf")
+
+
+def next_share(share: float, policy: Yielding, *, is_contended: bool) -> float:
+    """Return the share after an interval: additive increase, multiplicative decrease ([Note: yielding]).
+
+    Example:
+        >>> next_share(0.25, Yielding(), is_contended=True), next_share(0.0625, Yielding(), is_contended=True)
+        (0.125, 0.05)
+        >>> next_share(0.125, Yielding(), is_contended=False), next_share(0.24, Yielding(), is_contended=False)
+        (0.15625, 0.25)
+    """
+    if is_contended:
+        return max(policy.min_share, share * _BACK_OFF)
+    return min(policy.max_share, share + policy.max_share / STEPS)
+
+
+class _Share:
+    """The share, and what decides on it; whoever calls holds the lock of its pace."""
+
+    def __init__(self, policy: Yielding, *, now_s: float) -> None:
+        self._policy = policy
+        self.value = self.least = policy.min_share
+        self.num_intervals = self.num_contended = 0
+        self._costs: dict[Work, _Costs] = {}
+        self._since_s = now_s
+        self._used_s = self._queued_s = 0.0
+
+    def add(self, work: Work, nbytes: int, *, cost_s: float, wall_s: float, used_s: float, queued_s: float) -> None:
+        self._used_s += used_s
+        self._queued_s += queued_s
+        if work is not Work.OTHER and nbytes >= _MIN_JUDGED_NBYTES and wall_s <= 2 * cost_s:
+            self._costs.setdefault(work, _Costs()).add(cost_s, nbytes)
+
+    def decide(self, now_s: float) -> None:
+        """End the interval if it has lasted long enough."""
+        if now_s - self._since_s < INTERVAL_S:
+            return
+        is_contended = self._is_contended()
+        self.num_intervals += 1
+        self.num_contended += is_contended
+        self.value = next_share(self.value, self._policy, is_contended=is_contended)
+        self.least = min(self.least, self.value)
+        self._begin(now_s)
+
+    def _is_contended(self) -> bool:
+        runnable_s = self._queued_s + self._used_s
+        if runnable_s > 0 and self._queued_s > QUEUED * runnable_s:
+            return True
+        known = [costs for costs in self._costs.values() if costs.nbytes and costs.least < float("inf")]
+        return sum(costs.seconds for costs in known) > EXCESS * sum(costs.nbytes * costs.least for costs in known)
+
+    def _begin(self, now_s: float) -> None:
+        self._since_s = now_s
+        self._used_s = self._queued_s = 0.0
+        for costs in self._costs.values():
+            costs.seconds, costs.nbytes = 0.0, 0
+            if self.num_intervals % _NUM_REMEMBERED == 0:
+                costs.forget()
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+class AtWill:
+    """The pace of a load that takes what it gets."""
+
+    chunk_nbytes = CHUNK_NBYTES
+    record: PaceRecord | None = None
+
+    @contextlib.contextmanager
+    def working(self, cancellation: Cancellation) -> Iterator[None]:
+        """Have the calling thread work at will."""
+        del cancellation
+        yield
+
+
+AT_WILL = AtWill()
+
+
+class Pace:
+    """The pace of one stage, shared by its threads.
+
+    Attributes:
+        chunk_nbytes: most bytes that are read, and then hashed, at once.
+    """
+
+    chunk_nbytes = PIECE_NBYTES
+
+    def __init__(self, policy: Yielding, *, senses: Senses | None = None) -> None:
+        """Begin at the smallest share."""
+        self.senses = senses or Senses()
+        self._lock = threading.Lock()
+        self._share = _Share(policy, now_s=self.senses.now())
+        self._busy_s = self._yielded_s = 0.0
+
+    @property
+    def share(self) -> float:
+        """The part of the time in which each thread works now."""
+        return self._share.value
+
+    @property
+    def record(self) -> PaceRecord:
+        """What came of it so far."""
+        with self._lock:
+            return PaceRecord(
+                busy_s=self._busy_s,
+                yielded_s=self._yielded_s,
+                num_intervals=self._share.num_intervals,
+                num_contended=self._share.num_contended,
+                least_share=self._share.least,
+                last_share=self._share.value,
+            )
+
+    @contextlib.contextmanager
+    def working(self, cancellation: Cancellation) -> Iterator[None]:
+        """Have the calling thread work at this pace until the context ends; contexts of one thread may nest."""
+        before = getattr(_local, "worker", None)
+        _local.worker = worker = _Worker(self, cancellation, self.senses.open_queue())
+        try:
+            yield
+        finally:
+            _local.worker = before
+            worker.close()
+
+    def note(self, work: Work, nbytes: int, *, wall_s: float, used_s: float, queued_s: float) -> float:
+        """Take what a piece took; return how much longer it should have taken at this pace, or less than nothing."""
+        busy_s = wall_s if work is Work.UPLOAD else used_s
+        with self._lock:
+            self._busy_s += busy_s
+            self._share.add(work, nbytes, cost_s=busy_s, wall_s=wall_s, used_s=used_s, queued_s=queued_s)
+            self._share.decide(self.senses.now())
+            return busy_s / self._share.value - wall_s
+
+    def note_pause(self, seconds: float) -> None:
+        """Take what was paused."""
+        with self._lock:
+            self._yielded_s += seconds
+
+
+class _Worker:
+    """One thread, while it works at a pace."""
+
+    def __init__(self, pace: Pace, cancellation: Cancellation, queue: QueueClock) -> None:
+        self._pace = pace
+        self._cancellation = cancellation
+        self._queue = queue
+        self._owed_s = 0.0
+        self._heard_s = pace.senses.now()
+        self._queued_s = queue.read()
+        self._begin(Work.OTHER, 0)
+
+    def rest(self, work: Work, nbytes: int) -> None:
+        self._owed_s = max(0.0, self._owed_s + self._end_piece())
+        if self._owed_s >= _MIN_PAUSE_S:
+            self._pause()
+        self._begin(work, nbytes)
+
+    def close(self) -> None:
+        self._heard_s = -INTERVAL_S  # listen once more
+        self._end_piece()
+        self._queue.close()
+
+    def _end_piece(self) -> float:
+        senses = self._pace.senses
+        now_s, used_s = senses.now(), senses.used()
+        return self._pace.note(
+            self._work,
+            self._nbytes,
+            wall_s=now_s - self._at_s,
+            used_s=used_s - self._used_s,
+            queued_s=self._listen(now_s),
+        )
+
+    def _listen(self, now_s: float) -> float:
+        """Return for how long the thread queued since it was last asked; not at every piece, as it costs the GIL."""
+        if now_s - self._heard_s < INTERVAL_S / 2:
+            return 0.0
+        before, self._heard_s, self._queued_s = self._queued_s, now_s, self._queue.read()
+        return self._queued_s - before
+
+    def _begin(self, work: Work, nbytes: int) -> None:
+        senses = self._pace.senses
+        self._work, self._nbytes = work, nbytes
+        self._at_s, self._used_s = senses.now(), senses.used()
+
+    def _pause(self) -> None:
+        senses = self._pace.senses
+        started_s = now_s = senses.now()
+        due_s = started_s + self._owed_s
+        while now_s < due_s:
+            self._cancellation.raise_if_cancelled()
+            senses.sleep(min(due_s - now_s, _SLICE_S))
+            now_s = senses.now()
+        self._owed_s = 0.0
+        self._pace.note_pause(now_s - started_s)
+
+
+def make_pace(policy: Yielding | None) -> Pace | AtWill:
+    """Return the pace that a policy asks for."""
+    return AT_WILL if policy is None else Pace(policy)
+
+
+_local = threading.local()
+
+
+def is_yielding() -> bool:
+    """Tell whether the calling thread works at a pace."""
+    return getattr(_local, "worker", None) is not None
+
+
+def rest(work: Work = Work.OTHER, nbytes: int = 0) -> None:
+    """End the piece of work that the calling thread is at, pause for it, and begin the next.
+
+    Args:
+        work: what the next piece is.
+        nbytes: of it; 0 where it is not known.
+
+    Raises:
+        BaseException: the cancellation's reason.
+    """
+    worker: _Worker | None = getattr(_local, "worker", None)
+    if worker is not None:
+        worker.rest(work, nbytes)
+
+
+_Data = TypeVar("_Data", memoryview, torch.Tensor)
+
+
+def cut_work(data: _Data, work: Work) -> Iterator[_Data]:
+    """Yield flat data, of bytes or elements, in the pieces in which it is worked on, and rest before each.
+
+    A thread that works at no pace is given all of it at once.
+    """
+    if not is_yielding():
+        yield data
+        return
+    step = max(1, PIECE_NBYTES // data.itemsize)
+    for start in range(0, len(data), step):
+        piece = data[start : start + step]
+        rest(work, piece.nbytes)
+        yield piece
