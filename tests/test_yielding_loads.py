@@ -1,0 +1,268 @@
+"""Loads that yield, through a slot: every way of loading works in pieces and rests before each, and brings the same."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import hotglm
+from hotglm.errors import HotglmError, NonFiniteError
+from hotglm.weights import places, upload, yielding
+from hotglm.weights.yielding import PIECE_NBYTES, Pace, Senses, Work
+from support.fake_device import Choices, FakeDevice, FakePlaces
+from support.loaded_machine import Machine
+
+MIB = 1 << 20
+POLICY = hotglm.StagePolicy(pace=hotglm.Yielding())
+BIG, SMALL = 3 * MIB + 4096, 1024 * 4
+
+
+class Net(nn.Module):
+    """One tensor of more than three pieces, one that is transposed in memory, and a small one."""
+
+    def __init__(self, seed: float = 0.0) -> None:
+        super().__init__()
+        self.big = nn.Parameter(torch.full((BIG // 4,), seed))
+        self.turned = nn.Parameter(torch.full((1024, 512), seed).t())
+        self.small = nn.Parameter(torch.full((1024,), seed))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.big[0] + self.turned[0, 0] + self.small[0]
+
+
+X = torch.ones(3)
+ALL_NBYTES = BIG + 2 * MIB + SMALL
+
+
+class Pieces:
+    """What was worked on, in which pieces."""
+
+    def __init__(self) -> None:
+        self.nbytes: Counter[Work] = Counter()
+        self.largest = 0
+
+    def note(self, work: Work, nbytes: int) -> None:
+        self.nbytes[work] += nbytes
+        self.largest = max(self.largest, nbytes)
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
+    """Count the pieces of every thread, on a clock on which no work takes any time."""
+    found, note = Pieces(), Pace.note
+
+    def count(pace: Pace, work: Work, nbytes: int, *, wall_s: float, used_s: float, queued_s: float) -> float:
+        found.note(work, nbytes)
+        return note(pace, work, nbytes, wall_s=wall_s, used_s=used_s, queued_s=queued_s)
+
+    monkeypatch.setattr(Pace, "note", count)
+    monkeypatch.setattr(yielding, "Senses", Machine().senses)
+    return found
+
+
+def make_state(seed: float) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in Net(seed).state_dict().items()}
+
+
+def make_slot(policy: hotglm.StagePolicy = POLICY, **options: object) -> hotglm.ModuleSlot:
+    return hotglm.ModuleSlot(Net(), name="m", version="1.0.0", policy=policy, **options)  # type: ignore[arg-type]
+
+
+def test_a_file_is_read_hashed_and_searched_in_pieces(tmp_path: Path, pieces: Pieces) -> None:
+    """Every byte of a file is in a piece of at most 1 MiB, for all that is done with it; memory is faulted so."""
+    save_file(make_state(2.0), tmp_path / "a.safetensors")
+    slot = make_slot()
+    receipt = slot.update(tmp_path / "a.safetensors", version="1.0.1")
+    assert pieces.largest <= PIECE_NBYTES
+    assert pieces.nbytes[Work.READ] == ALL_NBYTES
+    assert pieces.nbytes[Work.HASH] == ALL_NBYTES
+    assert pieces.nbytes[Work.SCAN] >= BIG + SMALL
+    assert pieces.nbytes[Work.FAULT] >= ALL_NBYTES
+    same = make_slot(hotglm.StagePolicy()).update(tmp_path / "a.safetensors", version="1.0.1")
+    assert receipt.digests == same.digests
+    assert torch.equal(slot(X), Net(2.0)(X))
+
+
+@pytest.mark.parametrize("kind", ["mapping", "module"])
+def test_memory_is_copied_in_pieces(kind: str, pieces: Pieces) -> None:
+    """Every byte of a mapping or a module, whatever its strides."""
+    slot = make_slot()
+    slot.update(make_state(2.0) if kind == "mapping" else Net(2.0), version="1.0.1")
+    assert pieces.largest <= PIECE_NBYTES
+    assert pieces.nbytes[Work.COPY] == ALL_NBYTES
+    assert pieces.nbytes[Work.HASH] == ALL_NBYTES
+    assert torch.equal(slot(X), Net(2.0)(X))
+
+
+def test_what_a_delta_keeps_and_changes_is_paced(
+    tmp_path: Path, pieces: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copying what is live, applying a delta to it, and hashing what came of it: each in pieces."""
+    states = [make_state(1.0), make_state(1.0)]
+    states[1]["big"][7] = 3.0
+    for number, state in enumerate(states):
+        save_file(state, tmp_path / f"{number}.safetensors")
+        source, target = tmp_path / f"{number}.safetensors", tmp_path / f"r{number}"
+        hotglm.pack(source, target, name="m", version=f"1.0.{number + 1}", sequence=number + 1)
+    hotglm.make_delta(tmp_path / "r0", tmp_path / "r1", tmp_path / "d1")
+    slot = make_slot()
+    slot.update(tmp_path / "r0")
+    rests: list[Work] = []
+    monkeypatch.setattr(yielding._Worker, "rest", lambda worker, work, nbytes: rests.append(work))
+    before = len(rests)
+    receipt = slot.update(tmp_path / "d1")
+    assert receipt.origins.decoded_nbytes == BIG
+    assert len(rests) - before >= ALL_NBYTES // (2 * MIB)
+    assert torch.equal(slot(X), Net(1.0)(X))
+    assert slot.live.module.get_parameter("big")[7] == 3.0
+
+
+def test_a_migration_is_paced(tmp_path: Path, pieces: Pieces) -> None:
+    """What is renamed is read in pieces, and between what is computed there are rests."""
+    migrations = hotglm.Migrations("m")
+    migrations.state("0.9", "1.0", [hotglm.Rename("large", "big"), hotglm.Scale("small", 2.0)])
+    state = make_state(2.0)
+    state["large"] = state.pop("big")
+    hotglm.save_weights(state, tmp_path / "a.safetensors", version="0.9.0", name="m")
+    slot = make_slot(migrations=migrations, accept="major")
+    slot.update(tmp_path / "a.safetensors")
+    assert pieces.largest <= PIECE_NBYTES
+    assert pieces.nbytes[Work.READ] == ALL_NBYTES
+    assert slot.live.module.get_parameter("small")[0] == 4.0
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_verify_live_yields_as_the_slot_does(quick: bool, pieces: Pieces) -> None:
+    """The pace of the slot's policy is that of a proof, too; it finds what a proof at will finds."""
+    slot = make_slot()
+    slot.update(make_state(2.0), version="1.0.1")
+    expected = slot.verify_live().digest
+    before = pieces.nbytes.total(), len(pieces.nbytes)
+    rests: list[Work] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yielding._Worker, "rest", lambda worker, work, nbytes: rests.append(work))
+        assert slot.verify_live(quick=quick).digest == expected
+    assert len(rests) >= ALL_NBYTES // (2 * MIB)
+    assert before[0] > 0
+
+
+class Watched(FakeDevice):
+    """A device that counts copies that were submitted while an earlier one was not carried out yet."""
+
+    num_open = 0
+    num_overlapping = 0
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        self.num_overlapping += self.num_open > 0
+        self.num_open += 1
+        super().copy(source, target)
+        self.submit(self._close)
+
+    def _close(self) -> None:
+        self.num_open -= 1
+
+
+def update_on_device(source: Path | Mapping[str, torch.Tensor]) -> tuple[Watched, hotglm.ModuleSlot]:
+    """Return the device on which a slot was updated at a pace, and the slot."""
+    found, module = FakePlaces(), Net()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "active", found)
+        device = Watched("fake:0", Choices(1))
+        found.add(device, module)
+        slot = hotglm.ModuleSlot(module, name="m", version="1.0.0", policy=POLICY)
+        slot.update(source, version="1.0.1")
+    return device, slot
+
+
+@pytest.mark.parametrize("kind", ["file", "mapping"])
+def test_copies_to_a_device_are_made_one_by_one(
+    kind: str, tmp_path: Path, pieces: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each piece is seen done before the next is submitted; the engine is free in between, and told about."""
+    state = make_state(2.0)
+    save_file(state, tmp_path / "a.safetensors")
+    source = tmp_path / "a.safetensors" if kind == "file" else state
+    device, slot = update_on_device(source)
+    assert pieces.nbytes[Work.UPLOAD] == ALL_NBYTES
+    assert pieces.largest <= PIECE_NBYTES
+    assert device.num_overlapping == 0
+    assert slot.live.digests == make_slot(hotglm.StagePolicy()).update(state, version="1.0.1").digests
+    if kind == "file":  # and a device on which nobody waits is found out
+        monkeypatch.setattr(upload, "is_yielding", lambda: False)
+        assert update_on_device(source)[0].num_overlapping > 0
+
+
+def test_the_receipt_tells_how_a_load_yielded() -> None:
+    """P12: how long it worked and paused, at which share; none where it took what it got."""
+    slot = make_slot()
+    receipt = slot.update(make_state(2.0), version="1.0.1")
+    assert receipt.pace is not None
+    assert receipt.pace.busy_s > 0
+    assert receipt.pace.yielded_s > 0
+    assert 0.05 <= receipt.pace.least_share <= receipt.pace.last_share <= 0.25
+    assert "yielded for" in receipt.explain()
+    pace = receipt.to_dict()["pace"]
+    assert isinstance(pace, dict)
+    assert pace["busy_s"] == receipt.pace.busy_s
+    at_will = slot.stage(make_state(3.0), version="1.0.2", policy=hotglm.StagePolicy())
+    assert at_will.pace is None
+    assert "yielded" not in slot.commit(at_will).explain()
+
+
+def test_a_load_that_fails_while_it_yields_changes_nothing() -> None:
+    """P2: what cannot be loaded is named, no thread or descriptor is left, and the live version serves bit for bit."""
+    slot = make_slot()
+    slot.update(make_state(2.0), version="1.0.1")
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for broken in (broken_state(), {"big": torch.zeros(3)}):
+        with pytest.raises(HotglmError) as caught:
+            slot.update(broken, version="1.0.2")
+        assert isinstance(caught.value, NonFiniteError) or "big" in str(caught.value)
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert torch.equal(slot(X), Net(2.0)(X))
+    assert str(slot.version) == "1.0.1"
+
+
+def broken_state() -> Mapping[str, torch.Tensor]:
+    state = make_state(3.0)
+    state["big"][-1] = torch.nan  # in the last piece
+    return state
+
+
+def test_a_pace_means_one_thread_unless_more_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share is that of a core; so many threads, so many shares."""
+    save_file(make_state(2.0), tmp_path / "a.safetensors")
+    names: set[str] = set()
+    working = Pace.working
+
+    def note(pace: Pace, cancellation: object) -> object:
+        names.add(threading.current_thread().name)
+        return working(pace, cancellation)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Pace, "working", note)
+    make_slot().update(tmp_path / "a.safetensors", version="1.0.1")
+    assert {name for name in names if name.startswith("hotglm-load")} == {"hotglm-load-0"}
+    make_slot(replace(POLICY, num_threads=2)).update(tmp_path / "a.safetensors", version="1.0.1")
+    assert {name for name in names if name.startswith("hotglm-load")} == {"hotglm-load-0", "hotglm-load-1"}
+
+
+def test_senses_of_this_system_go_forward() -> None:
+    """Clocks of the thread and of its queue only grow."""
+    senses = Senses()
+    queue = senses.open_queue()
+    one = (senses.now(), senses.used(), queue.read())
+    sum(range(100_000))
+    two = (senses.now(), senses.used(), queue.read())
+    queue.close()
+    assert all(after >= before for before, after in zip(one, two, strict=True))
+    assert two[1] > one[1]
