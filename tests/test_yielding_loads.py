@@ -172,7 +172,7 @@ class Watched(FakeDevice):
 
 
 def update_on_device(source: Path | Mapping[str, torch.Tensor]) -> tuple[Watched, hotglm.ModuleSlot]:
-    """Return the device on which a slot was updated at a pace, and the slot."""
+    """Return the device on which a slot was updated and proved at a pace, and the slot."""
     found, module = FakePlaces(), Net()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(places, "active", found)
@@ -180,6 +180,7 @@ def update_on_device(source: Path | Mapping[str, torch.Tensor]) -> tuple[Watched
         found.add(device, module)
         slot = hotglm.ModuleSlot(module, name="m", version="1.0.0", policy=POLICY)
         slot.update(source, version="1.0.1")
+        assert slot.verify_live().digest == slot.live.digest
     return device, slot
 
 
@@ -196,6 +197,7 @@ def test_copies_to_a_device_are_made_one_by_one(
     assert pieces.largest <= PIECE_NBYTES
     assert device.num_overlapping == 0
     assert slot.live.digests == make_slot(hotglm.StagePolicy()).update(state, version="1.0.1").digests
+    assert pieces.nbytes[Work.FETCH] == ALL_NBYTES
     if kind == "file":  # and a device on which nobody waits is found out
         monkeypatch.setattr(upload, "is_yielding", lambda: False)
         assert update_on_device(source)[0].num_overlapping > 0

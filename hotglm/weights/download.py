@@ -19,6 +19,7 @@ from hotglm.weights import places
 from hotglm.weights.device import Device
 from hotglm.weights.digest import digest_tensor, format_digest, tensor_bytes, view_buffer
 from hotglm.weights.workers import Cancellation
+from hotglm.weights.yielding import Work, limit_piece, rest
 
 __all__ = ["digest_in_place", "digest_on_device", "fetch_into"]
 
@@ -78,9 +79,12 @@ def _fetch(
     ring = places.active.ring(device)
     start = 0
     with torch.no_grad(), device.staging(), device.submitting():
-        for piece in _cut(tensor.detach(), ring.chunk_nbytes):
+        for piece in _cut(tensor.detach(), limit_piece(ring.chunk_nbytes)):
+            rest(Work.FETCH, piece.numel())
             with ring.lend(cancellation=cancellation) as window:
-                take(start, window.fetch(piece))
+                data = window.fetch(piece)
+                rest(Work.HASH, piece.numel())
+                take(start, data)
             start += piece.numel()
 
 

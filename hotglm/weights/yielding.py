@@ -23,8 +23,8 @@ An interval is contended if its pieces cost more than 1.3 times the least, or if
 its threads could have run was spent in the queue for a core.
 
 - Cost is the thread's time on its core (`CLOCK_THREAD_CPUTIME_ID`) for a byte: a core that waits for a bus, a cache or
-  its sibling thread is busy, and one that waits for a disk is not. For a copy to a device it is the time until the host
-  saw it done.
+  its sibling thread is busy, and one that waits for a disk is not. For a copy to or from a device it is the time until
+  the host saw it done.
 - Pieces of one kind are compared with each other, in runs of four and from 256 KiB on: of smaller ones, Python is most.
   A piece in which the thread waited for longer than it worked says nothing: it has met a cold page cache.
 - The least is that of the last half minute to minute, in intervals. A service that leaves no gap for longer than that
@@ -62,6 +62,7 @@ __all__ = [
     "Yielding",
     "cut_work",
     "is_yielding",
+    "limit_piece",
     "make_pace",
     "next_share",
     "rest",
@@ -98,8 +99,13 @@ class Work(enum.Enum):
     HASH = "hash"
     SCAN = "scan"
     UPLOAD = "upload"
+    FETCH = "fetch"
     FAULT = "fault"
     OTHER = "other"
+
+
+_BY_ENGINES = frozenset({Work.UPLOAD, Work.FETCH})
+"""What a copy engine does while its thread waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,7 +374,7 @@ class Pace:
 
     def note(self, work: Work, nbytes: int, *, wall_s: float, used_s: float, queued_s: float) -> float:
         """Take what a piece took; return how much longer it should have taken at this pace, or less than nothing."""
-        busy_s = wall_s if work is Work.UPLOAD else used_s
+        busy_s = wall_s if work in _BY_ENGINES else used_s
         with self._lock:
             self._busy_s += busy_s
             self._share.add(work, nbytes, cost_s=busy_s, wall_s=wall_s, used_s=used_s, queued_s=queued_s)
@@ -450,6 +456,11 @@ _local = threading.local()
 def is_yielding() -> bool:
     """Tell whether the calling thread works at a pace."""
     return getattr(_local, "worker", None) is not None
+
+
+def limit_piece(nbytes: int) -> int:
+    """Return the size of a piece that the calling thread may work on at once, at most `nbytes`."""
+    return min(nbytes, PIECE_NBYTES) if is_yielding() else nbytes
 
 
 def rest(work: Work = Work.OTHER, nbytes: int = 0) -> None:
