@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 import hotglm
 from hotglm.errors import ArgumentError
+from hotglm.weights import pace as paces
 from hotglm.weights import yielding
+from hotglm.weights.pace import PIECE_NBYTES, Pace, Senses, rest
 from hotglm.weights.workers import Cancellation
-from hotglm.weights.yielding import INTERVAL_S, PIECE_NBYTES, STEPS, Pace, Senses, Work, Yielding, next_share, rest
+from hotglm.weights.yielding import INTERVAL_S, STEPS, Work, Yielding, next_share
 from support.loaded_machine import Machine, load
 
 POLICY = Yielding()
@@ -176,7 +178,7 @@ def plant_cost_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def plant_never_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yielding._Worker, "_pause", lambda worker: None)
+    monkeypatch.setattr(paces._Worker, "_pause", lambda worker: None)
 
 
 def plant_never_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,14 +275,14 @@ def test_a_pause_ends_with_its_stage() -> None:
             rest()
     assert machine.now_s < 60.1
     rest()  # and nothing is left of it: this thread works at will again
-    assert not yielding.is_yielding()
+    assert not paces.is_yielding()
 
 
 def test_without_a_pace_nothing_is_sensed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load at will is cut into no pieces and looks at no clock."""
-    monkeypatch.setattr(yielding._Worker, "rest", lambda *_: pytest.fail("rested"))
+    monkeypatch.setattr(paces._Worker, "rest", lambda *_: pytest.fail("rested"))
     data = memoryview(bytes(3 * PIECE_NBYTES))
-    assert [piece.nbytes for piece in yielding.cut_work(data, Work.HASH)] == [3 * PIECE_NBYTES]
+    assert [piece.nbytes for piece in paces.cut_work(data, Work.HASH)] == [3 * PIECE_NBYTES]
 
 
 def test_a_system_that_tells_of_no_queue_is_worked_on_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

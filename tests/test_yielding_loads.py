@@ -16,8 +16,10 @@ from torch import nn
 
 import hotglm
 from hotglm.errors import HotglmError, NonFiniteError
-from hotglm.weights import places, upload, yielding
-from hotglm.weights.yielding import PIECE_NBYTES, Pace, Senses, Work
+from hotglm.weights import pace as paces
+from hotglm.weights import places, upload
+from hotglm.weights.pace import PIECE_NBYTES, Pace, Senses
+from hotglm.weights.yielding import Work
 from support.fake_device import Choices, FakeDevice, FakePlaces
 from support.loaded_machine import Machine
 
@@ -65,7 +67,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
         return note(pace, work, nbytes, wall_s=wall_s, used_s=used_s, queued_s=queued_s)
 
     monkeypatch.setattr(Pace, "note", count)
-    monkeypatch.setattr(yielding, "Senses", Machine().senses)
+    monkeypatch.setattr(paces, "Senses", Machine().senses)
     return found
 
 
@@ -117,7 +119,7 @@ def test_what_a_delta_keeps_and_changes_is_paced(
     slot = make_slot()
     slot.update(tmp_path / "r0")
     rests: list[Work] = []
-    monkeypatch.setattr(yielding._Worker, "rest", lambda worker, work, nbytes: rests.append(work))
+    monkeypatch.setattr(paces._Worker, "rest", lambda worker, work, nbytes: rests.append(work))
     before = len(rests)
     receipt = slot.update(tmp_path / "d1")
     assert receipt.origins.decoded_nbytes == BIG
@@ -149,7 +151,7 @@ def test_verify_live_yields_as_the_slot_does(quick: bool, pieces: Pieces) -> Non
     before = pieces.nbytes.total(), len(pieces.nbytes)
     rests: list[Work] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yielding._Worker, "rest", lambda worker, work, nbytes: rests.append(work))
+        patch.setattr(paces._Worker, "rest", lambda worker, work, nbytes: rests.append(work))
         assert slot.verify_live(quick=quick).digest == expected
     assert len(rests) >= ALL_NBYTES // (2 * MIB)
     assert before[0] > 0

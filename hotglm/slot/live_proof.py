@@ -31,10 +31,10 @@ from hotglm.weights import places
 from hotglm.weights.device import Device
 from hotglm.weights.device_seals import find_unchanged, seal_on_device
 from hotglm.weights.digest import combine_digests
+from hotglm.weights.pace import AtWill, Pace, make_pace
 from hotglm.weights.seals import Seal, matches_seal, seal_tensor
 from hotglm.weights.supply import Kept
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks, start_thread
-from hotglm.weights.yielding import AtWill, Pace, make_pace
 
 __all__ = ["LiveProof", "verify_live"]
 

@@ -28,13 +28,13 @@ from hotglm.weights.arena import Lease
 from hotglm.weights.budget import UNLIMITED, Budget
 from hotglm.weights.loader import load_supply, load_tensors
 from hotglm.weights.migration import load_migrated
+from hotglm.weights.pace import AtWill, Pace
 from hotglm.weights.proof import Loaded, LoadOptions, Target
 from hotglm.weights.seals import Seal
 from hotglm.weights.split_arena import SplitLease
 from hotglm.weights.supply import Supply
 from hotglm.weights.upload import Given, load_split
 from hotglm.weights.workers import Cancellation, run_tasks
-from hotglm.weights.yielding import AtWill, Pace
 
 __all__ = ["Loading"]
 

@@ -23,9 +23,10 @@ from hotglm.slot.staged import Staged
 from hotglm.trust.policy import Trust
 from hotglm.version import Bump, Version
 from hotglm.weights.arena import Arena
+from hotglm.weights.pace import AtWill, Pace, rest
 from hotglm.weights.places import Streams
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks
-from hotglm.weights.yielding import AtWill, Pace, Work, rest
+from hotglm.weights.yielding import Work
 
 __all__ = ["StageRequest"]
 

@@ -43,8 +43,8 @@ from hotglm.version import Version
 from hotglm.weights import places
 from hotglm.weights.arena import Lease
 from hotglm.weights.digest import combine_digests
+from hotglm.weights.pace import make_pace
 from hotglm.weights.proof import Loaded, Target
-from hotglm.weights.yielding import make_pace
 
 __all__ = ["stage_version"]
 

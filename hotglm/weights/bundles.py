@@ -19,9 +19,10 @@ from hotglm.release.files import TensorLocation, WeightFile
 from hotglm.release.reading import read_scattered
 from hotglm.weights.arena import Lease
 from hotglm.weights.digest import format_digest, tensor_bytes, view_buffer
+from hotglm.weights.pace import rest
 from hotglm.weights.plan import CHUNK_NBYTES, Read
 from hotglm.weights.proof import LoadOptions
-from hotglm.weights.yielding import Work, rest
+from hotglm.weights.yielding import Work
 
 __all__ = [
     "ReadingTurn",

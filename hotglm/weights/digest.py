@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hotglm.weights.dtypes import dtype_name
-from hotglm.weights.yielding import Work, cut_work
+from hotglm.weights.pace import cut_work
+from hotglm.weights.yielding import Work
 
 __all__ = ["combine_digests", "digest_tensor", "format_digest", "tensor_bytes", "view_buffer"]
 

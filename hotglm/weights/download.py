@@ -18,8 +18,9 @@ import torch
 from hotglm.weights import places
 from hotglm.weights.device import Device
 from hotglm.weights.digest import digest_tensor, format_digest, tensor_bytes, view_buffer
+from hotglm.weights.pace import limit_piece, rest
 from hotglm.weights.workers import Cancellation
-from hotglm.weights.yielding import Work, limit_piece, rest
+from hotglm.weights.yielding import Work
 
 __all__ = ["digest_in_place", "digest_on_device", "fetch_into"]
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hotglm.weights.yielding import Work, cut_work
+from hotglm.weights.pace import cut_work
+from hotglm.weights.yielding import Work
 
 __all__ = ["NonFinite", "find_nonfinite"]
 

@@ -25,6 +25,7 @@ from hotglm.release.files import TensorLocation, WeightFiles
 from hotglm.weights.arena import Lease
 from hotglm.weights.bundles import bundle_names, copy_in_pieces, count_nbytes, make_turn, read_bundle, read_into
 from hotglm.weights.delta_codec import decode_into
+from hotglm.weights.pace import rest
 from hotglm.weights.plan import Read, Transfer, plan_reads
 from hotglm.weights.proof import (
     Loaded,
@@ -39,7 +40,6 @@ from hotglm.weights.proof import (
 )
 from hotglm.weights.seals import Seal, copy_sealed, is_intact, seal_tensor
 from hotglm.weights.supply import Kept, Supply
-from hotglm.weights.yielding import rest
 
 __all__ = ["load_files", "load_supply", "load_tensors"]
 

@@ -45,6 +45,7 @@ from hotglm.weights.dtypes import dtype_name
 from hotglm.weights.evaluation import Evaluation, count_room, has_call
 from hotglm.weights.lowering import ByteRun, find_byte_runs
 from hotglm.weights.operands import Operands, describe_mismatch
+from hotglm.weights.pace import cut_work, rest
 from hotglm.weights.plan import CHUNK_NBYTES, Read, Transfer, plan_reads
 from hotglm.weights.proof import (
     Loaded,
@@ -58,7 +59,7 @@ from hotglm.weights.proof import (
 )
 from hotglm.weights.scratch import Scratch
 from hotglm.weights.supply import Supply
-from hotglm.weights.yielding import Work, cut_work, rest
+from hotglm.weights.yielding import Work
 
 __all__ = ["load_migrated"]
 

@@ -19,10 +19,10 @@ from hotglm.release.files import WeightFiles
 from hotglm.weights.bundles import ReadingTurn, read_into
 from hotglm.weights.delta_codec import decode_into
 from hotglm.weights.digest import digest_tensor
+from hotglm.weights.pace import rest
 from hotglm.weights.proof import Loaded, LoadOptions, describe_bad_bool, is_bad_bool
 from hotglm.weights.scratch import Workspace, align
 from hotglm.weights.supply import SourceTensor, Supply
-from hotglm.weights.yielding import rest
 
 __all__ = ["Operands", "describe_mismatch"]
 

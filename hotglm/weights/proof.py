@@ -28,9 +28,9 @@ from hotglm.weights import places
 from hotglm.weights.budget import UNLIMITED, Budget, Unlimited
 from hotglm.weights.digest import digest_tensor, tensor_bytes
 from hotglm.weights.finite import find_nonfinite
+from hotglm.weights.pace import AT_WILL, AtWill, Pace
 from hotglm.weights.seals import Seal
 from hotglm.weights.workers import Cancellation, run_tasks
-from hotglm.weights.yielding import AT_WILL, AtWill, Pace
 
 __all__ = [
     "LoadOptions",

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from hotglm.weights.digest import digest_tensor, format_digest, view_buffer
-from hotglm.weights.yielding import rest
+from hotglm.weights.pace import rest
 
 __all__ = ["WORD_NBYTES", "Seal", "copy_sealed", "find_flat", "is_intact", "matches_seal", "seal_tensor"]
 

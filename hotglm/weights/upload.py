@@ -33,12 +33,13 @@ from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.bundles import count_nbytes, cut_pairs
 from hotglm.weights.device_arena import DeviceLease
 from hotglm.weights.digest import format_digest
+from hotglm.weights.pace import is_yielding, rest
 from hotglm.weights.plan import Piece, Read, Transfer, plan_reads
 from hotglm.weights.proof import Loaded, LoadOptions, Target, prove_tensor, run_load
 from hotglm.weights.ring import GAP_NBYTES, Ring
 from hotglm.weights.split_arena import SplitLease
 from hotglm.weights.supply import SourceTensor, Supply
-from hotglm.weights.yielding import Work, is_yielding, rest
+from hotglm.weights.yielding import Work
 
 __all__ = ["Given", "Placed", "load_split", "place_pieces"]
 

@@ -1,14 +1,13 @@
-"""Loading in a share of a core's time that shrinks when somebody else wants the machine: a load that yields.
+"""The share of the time in which a load works that leaves the service alone, and what decides on it.
 
 Rules this module keeps:
 
+- No thread, no clock and no sleep: what threads have met is told to it (weights/pace.py).
 - Work is cut into pieces. One that kept a core or a copy engine busy for `b` is followed by a pause of `b/u - t`, where
   `u` is the share and `t` what the piece took. Time in which a thread waited, for a disk, a core or the GIL, is pause
   already. So a load that is busy for `B` and waits for `W` ends within `W + B / min_share`, whatever is sensed.
 - A pass pays nothing and tells nothing (P3). What is sensed is the load's own fate: what its pieces cost, and how long
   its threads stood in the queue for a core.
-- A thread works under a pace or under none; without one, `rest` returns at once.
-- A pause ends when the stage is cancelled.
 
 [Note: yielding]
 That the harm which a background task does can be told from its own progress is Douceur and Bolosky's ("Progress-based
@@ -37,39 +36,12 @@ pass. So the largest share is a quarter, and not all of the time where nothing i
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import os
-import threading
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
-
-import torch
 
 from hotglm.errors import ArgumentError
-from hotglm.weights.plan import CHUNK_NBYTES
-from hotglm.weights.workers import Cancellation
 
-__all__ = [
-    "AT_WILL",
-    "AtWill",
-    "Pace",
-    "PaceRecord",
-    "Senses",
-    "Work",
-    "Yielding",
-    "cut_work",
-    "is_yielding",
-    "limit_piece",
-    "make_pace",
-    "next_share",
-    "rest",
-]
-
-PIECE_NBYTES = 1 << 20
-"""Largest piece of a load that yields: some 0.1 ms of copying, or 0.7 ms of hashing."""
+__all__ = ["EXCESS", "INTERVAL_S", "QUEUED", "STEPS", "PaceRecord", "Share", "Work", "Yielding", "next_share"]
 
 INTERVAL_S = 0.05
 """How often the share is decided on, at most."""
@@ -87,8 +59,6 @@ _BACK_OFF = 0.5
 _RUN = 4
 _MIN_JUDGED_NBYTES = 256 << 10
 _NUM_REMEMBERED = 600
-_MIN_PAUSE_S = 0.0005
-_SLICE_S = 0.05
 
 
 class Work(enum.Enum):
@@ -102,10 +72,6 @@ class Work(enum.Enum):
     FETCH = "fetch"
     FAULT = "fault"
     OTHER = "other"
-
-
-_BY_ENGINES = frozenset({Work.UPLOAD, Work.FETCH})
-"""What a copy engine does while its thread waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,65 +129,6 @@ class PaceRecord:
         )
 
 
-# -- senses ------------------------------------------------------------------------------------------------------------
-
-
-class QueueClock(Protocol):
-    """How long one thread has stood in the queue for a core."""
-
-    def read(self) -> float:
-        """Return the time so far, in seconds."""
-        ...
-
-    def close(self) -> None:
-        """Read no more."""
-        ...
-
-
-class _RunQueue:
-    """The time that the thread which made this has been ready to run and did not, as Linux counts it; elsewhere 0."""
-
-    def __init__(self) -> None:
-        try:
-            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self._fd = -1
-
-    def read(self) -> float:
-        if self._fd < 0:
-            return 0.0
-        try:
-            return int(os.pread(self._fd, 128, 0).split()[1]) * 1e-9
-        except (OSError, ValueError, IndexError):  # a kernel without it, or one that hides it: nothing is sensed
-            return 0.0
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Senses:
-    """What a pace knows of the world; those of the system, or a test's own.
-
-    Attributes:
-        now: a clock that only grows, in seconds.
-        used: time that the calling thread has been on a core, in seconds.
-        open_queue: makes the clock of the calling thread's waits for one.
-        sleep: waits for some seconds.
-    """
-
-    now: Callable[[], float] = time.perf_counter
-    used: Callable[[], float] = time.thread_time
-    open_queue: Callable[[], QueueClock] = _RunQueue
-    sleep: Callable[[float], object] = time.sleep
-
-
-# -- the share ---------------------------------------------------------------------------------------------------------
-
-
 class _Costs:
     """What pieces of one kind cost for a byte: in this interval, and at least in recent ones."""
 
@@ -264,7 +171,7 @@ def next_share(share: float, policy: Yielding, *, is_contended: bool) -> float:
     return min(policy.max_share, share + policy.max_share / STEPS)
 
 
-class _Share:
+class Share:
     """The share, and what decides on it; whoever calls holds the lock of its pace."""
 
     def __init__(self, policy: Yielding, *, now_s: float) -> None:
@@ -276,6 +183,7 @@ class _Share:
         self._used_s = self._queued_s = 0.0
 
     def add(self, work: Work, nbytes: int, *, cost_s: float, wall_s: float, used_s: float, queued_s: float) -> None:
+        """Take what a thread met at one piece, and since it was last asked for how long it queued; all in seconds."""
         self._used_s += used_s
         self._queued_s += queued_s
         if work is not Work.OTHER and nbytes >= _MIN_JUDGED_NBYTES and wall_s <= 2 * cost_s:
@@ -306,191 +214,3 @@ class _Share:
             costs.seconds, costs.nbytes = 0.0, 0
             if self.num_intervals % _NUM_REMEMBERED == 0:
                 costs.forget()
-
-
-# -- pieces ------------------------------------------------------------------------------------------------------------
-
-
-class AtWill:
-    """The pace of a load that takes what it gets."""
-
-    chunk_nbytes = CHUNK_NBYTES
-    record: PaceRecord | None = None
-
-    @contextlib.contextmanager
-    def working(self, cancellation: Cancellation) -> Iterator[None]:
-        """Have the calling thread work at will."""
-        del cancellation
-        yield
-
-
-AT_WILL = AtWill()
-
-
-class Pace:
-    """The pace of one stage, shared by its threads.
-
-    Attributes:
-        chunk_nbytes: most bytes that are read, and then hashed, at once.
-    """
-
-    chunk_nbytes = PIECE_NBYTES
-
-    def __init__(self, policy: Yielding, *, senses: Senses | None = None) -> None:
-        """Begin at the smallest share."""
-        self.senses = senses or Senses()
-        self._lock = threading.Lock()
-        self._share = _Share(policy, now_s=self.senses.now())
-        self._busy_s = self._yielded_s = 0.0
-
-    @property
-    def share(self) -> float:
-        """The part of the time in which each thread works now."""
-        return self._share.value
-
-    @property
-    def record(self) -> PaceRecord:
-        """What came of it so far."""
-        with self._lock:
-            return PaceRecord(
-                busy_s=self._busy_s,
-                yielded_s=self._yielded_s,
-                num_intervals=self._share.num_intervals,
-                num_contended=self._share.num_contended,
-                least_share=self._share.least,
-                last_share=self._share.value,
-            )
-
-    @contextlib.contextmanager
-    def working(self, cancellation: Cancellation) -> Iterator[None]:
-        """Have the calling thread work at this pace until the context ends; contexts of one thread may nest."""
-        before = getattr(_local, "worker", None)
-        _local.worker = worker = _Worker(self, cancellation, self.senses.open_queue())
-        try:
-            yield
-        finally:
-            _local.worker = before
-            worker.close()
-
-    def note(self, work: Work, nbytes: int, *, wall_s: float, used_s: float, queued_s: float) -> float:
-        """Take what a piece took; return how much longer it should have taken at this pace, or less than nothing."""
-        busy_s = wall_s if work in _BY_ENGINES else used_s
-        with self._lock:
-            self._busy_s += busy_s
-            self._share.add(work, nbytes, cost_s=busy_s, wall_s=wall_s, used_s=used_s, queued_s=queued_s)
-            self._share.decide(self.senses.now())
-            return busy_s / self._share.value - wall_s
-
-    def note_pause(self, seconds: float) -> None:
-        """Take what was paused."""
-        with self._lock:
-            self._yielded_s += seconds
-
-
-class _Worker:
-    """One thread, while it works at a pace."""
-
-    def __init__(self, pace: Pace, cancellation: Cancellation, queue: QueueClock) -> None:
-        self._pace = pace
-        self._cancellation = cancellation
-        self._queue = queue
-        self._owed_s = 0.0
-        self._heard_s = pace.senses.now()
-        self._queued_s = queue.read()
-        self._begin(Work.OTHER, 0)
-
-    def rest(self, work: Work, nbytes: int) -> None:
-        self._owed_s = max(0.0, self._owed_s + self._end_piece())
-        if self._owed_s >= _MIN_PAUSE_S:
-            self._pause()
-        self._begin(work, nbytes)
-
-    def close(self) -> None:
-        self._heard_s = -INTERVAL_S  # listen once more
-        self._end_piece()
-        self._queue.close()
-
-    def _end_piece(self) -> float:
-        senses = self._pace.senses
-        now_s, used_s = senses.now(), senses.used()
-        return self._pace.note(
-            self._work,
-            self._nbytes,
-            wall_s=now_s - self._at_s,
-            used_s=used_s - self._used_s,
-            queued_s=self._listen(now_s),
-        )
-
-    def _listen(self, now_s: float) -> float:
-        """Return for how long the thread queued since it was last asked; not at every piece, as it costs the GIL."""
-        if now_s - self._heard_s < INTERVAL_S / 2:
-            return 0.0
-        before, self._heard_s, self._queued_s = self._queued_s, now_s, self._queue.read()
-        return self._queued_s - before
-
-    def _begin(self, work: Work, nbytes: int) -> None:
-        senses = self._pace.senses
-        self._work, self._nbytes = work, nbytes
-        self._at_s, self._used_s = senses.now(), senses.used()
-
-    def _pause(self) -> None:
-        senses = self._pace.senses
-        started_s = now_s = senses.now()
-        due_s = started_s + self._owed_s
-        while now_s < due_s:
-            self._cancellation.raise_if_cancelled()
-            senses.sleep(min(due_s - now_s, _SLICE_S))
-            now_s = senses.now()
-        self._owed_s = 0.0
-        self._pace.note_pause(now_s - started_s)
-
-
-def make_pace(policy: Yielding | None) -> Pace | AtWill:
-    """Return the pace that a policy asks for."""
-    return AT_WILL if policy is None else Pace(policy)
-
-
-_local = threading.local()
-
-
-def is_yielding() -> bool:
-    """Tell whether the calling thread works at a pace."""
-    return getattr(_local, "worker", None) is not None
-
-
-def limit_piece(nbytes: int) -> int:
-    """Return the size of a piece that the calling thread may work on at once, at most `nbytes`."""
-    return min(nbytes, PIECE_NBYTES) if is_yielding() else nbytes
-
-
-def rest(work: Work = Work.OTHER, nbytes: int = 0) -> None:
-    """End the piece of work that the calling thread is at, pause for it, and begin the next.
-
-    Args:
-        work: what the next piece is.
-        nbytes: of it; 0 where it is not known.
-
-    Raises:
-        BaseException: the cancellation's reason.
-    """
-    worker: _Worker | None = getattr(_local, "worker", None)
-    if worker is not None:
-        worker.rest(work, nbytes)
-
-
-_Data = TypeVar("_Data", memoryview, torch.Tensor)
-
-
-def cut_work(data: _Data, work: Work) -> Iterator[_Data]:
-    """Yield flat data, of bytes or elements, in the pieces in which it is worked on, and rest before each.
-
-    A thread that works at no pace is given all of it at once.
-    """
-    if not is_yielding():
-        yield data
-        return
-    step = max(1, PIECE_NBYTES // data.itemsize)
-    for start in range(0, len(data), step):
-        piece = data[start : start + step]
-        rest(work, piece.nbytes)
-        yield piece

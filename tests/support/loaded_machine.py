@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from hotglm.weights.pace import PIECE_NBYTES, Pace, Senses, rest
 from hotglm.weights.workers import Cancellation
-from hotglm.weights.yielding import PIECE_NBYTES, Pace, Senses, Work, Yielding, rest
+from hotglm.weights.yielding import Work, Yielding
 
 __all__ = ["Machine", "Sample", "load"]
 
