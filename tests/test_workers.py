@@ -17,7 +17,7 @@ from torch import nn
 import hotglm
 from hotglm.errors import ThreadStartError
 from hotglm.release.files import open_weights
-from hotglm.slot import loading, staging
+from hotglm.slot import loading, stage_request
 from hotglm.testing.seams import hooked
 from hotglm.weights import loader, workers
 from hotglm.weights.finite import find_nonfinite
@@ -102,7 +102,7 @@ def test_a_stage_leaves_one_core_to_the_service(
 
     loaded = load_tensors
     monkeypatch.setattr(loading, "load_tensors", record)
-    monkeypatch.setattr(staging, "count_cores", lambda: num_cores)
+    monkeypatch.setattr(stage_request, "count_cores", lambda: num_cores)
     slot = hotglm.ModuleSlot(nn.Linear(2, 2))
     weights = {"weight": torch.eye(2), "bias": torch.zeros(2)}
     slot.update(weights)
