@@ -27,6 +27,7 @@ from hotglm.testing.seams import hooked, read_one_byte
 from hotglm.weights import loader
 from hotglm.weights.dtypes import LOADABLE_DTYPES
 from hotglm.weights.loader import load_files, load_tensors
+from hotglm.weights.pace import AtWill
 from hotglm.weights.plan import plan_reads
 from hotglm.weights.proof import Loaded, LoadOptions
 from hotglm.weights.workers import Cancellation
@@ -71,7 +72,8 @@ def test_a_file_arrives_bit_for_bit(
 ) -> None:
     """Every tensor of every dtype arrives as it is in the file, and its digest is that of its byte range there."""
     if chunk is not None:
-        planned = functools.partial(plan_reads, chunk_nbytes=chunk, max_pieces=3)
+        planned = functools.partial(plan_reads, max_pieces=3)
+        monkeypatch.setattr(AtWill, "chunk_nbytes", chunk)
         monkeypatch.setattr(loader, "plan_reads", planned)
     tensors = _all_dtypes()
     path = tmp_path / "model.safetensors"
@@ -327,7 +329,7 @@ def test_short_and_interrupted_reads_go_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_failing_read_names_file_and_offset(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """EIO at any chunk is a typed error with the file and the byte offset it happened at (D07)."""
-    monkeypatch.setattr(loader, "plan_reads", functools.partial(plan_reads, chunk_nbytes=100))
+    monkeypatch.setattr(AtWill, "chunk_nbytes", 100)
     path, files, spare = _opened(tmp_path, {"w": torch.arange(64.0)})
 
     def fail(kind: str, count: int, args: tuple[Any, ...]) -> object:
@@ -369,7 +371,7 @@ def test_a_file_that_was_written_while_it_was_read_is_refused(how: str, tmp_path
 
 def test_a_cancelled_load_stops_at_its_next_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelling from a progress report ends the load with the reason, before the next read."""
-    monkeypatch.setattr(loader, "plan_reads", functools.partial(plan_reads, chunk_nbytes=64))
+    monkeypatch.setattr(AtWill, "chunk_nbytes", 64)
     _, files, spare = _opened(tmp_path, {"w": torch.arange(256.0)})
     cancellation = Cancellation()
     options = LoadOptions(

@@ -29,6 +29,7 @@ from hotglm.testing.seams import hooked
 from hotglm.weights import bundles, migration, proof, scratch
 from hotglm.weights.dtypes import LOADABLE_DTYPES, TORCH_DTYPES, dtype_name
 from hotglm.weights.migration import load_migrated
+from hotglm.weights.pace import AtWill
 from hotglm.weights.plan import plan_reads
 from hotglm.weights.proof import Loaded, LoadOptions
 from hotglm.weights.workers import Cancellation
@@ -182,7 +183,8 @@ def test_every_kind_of_expression_arrives_as_plain_torch_makes_it(
 ) -> None:
     """Each kind of expression arrives bit for bit as torch computes it, with the digest of what is in the arena."""
     if chunk is not None:
-        planned = functools.partial(plan_reads, chunk_nbytes=chunk, max_pieces=3)
+        planned = functools.partial(plan_reads, max_pieces=3)
+        monkeypatch.setattr(AtWill, "chunk_nbytes", chunk)
         monkeypatch.setattr(migration, "plan_reads", planned)
         monkeypatch.setattr(bundles, "CHUNK_NBYTES", chunk)
         monkeypatch.setattr(proof, "_SMALL_NBYTES", 0)

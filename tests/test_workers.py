@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -19,10 +18,10 @@ from hotglm.errors import ThreadStartError
 from hotglm.release.files import open_weights
 from hotglm.slot import loading, stage_request
 from hotglm.testing.seams import hooked
-from hotglm.weights import loader, workers
+from hotglm.weights import workers
 from hotglm.weights.finite import find_nonfinite
 from hotglm.weights.loader import load_files, load_tensors
-from hotglm.weights.plan import plan_reads
+from hotglm.weights.pace import AtWill
 from hotglm.weights.proof import LoadOptions
 from hotglm.weights.workers import Cancellation, computing_alone, run_tasks, yield_gil_when_due
 from support.spares import Spare
@@ -112,7 +111,7 @@ def test_a_stage_leaves_one_core_to_the_service(
 
 def test_threads_that_hash_take_turns_at_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one thread reads, no other does, where the bytes are hashed too; without hashing they may."""
-    monkeypatch.setattr(loader, "plan_reads", functools.partial(plan_reads, chunk_nbytes=1 << 20))
+    monkeypatch.setattr(AtWill, "chunk_nbytes", 1 << 20)
     path = tmp_path / "model.safetensors"
     weights = {f"layer{index}": torch.full((1 << 18,), float(index)) for index in range(4)}
     save_file(weights, path)
