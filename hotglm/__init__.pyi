@@ -403,6 +403,12 @@ from hotglm.slot.publication import (
 from hotglm.slot.receipt import (
     Receipt as Receipt,
 )
+from hotglm.slot.requantize import (
+    QuantizedFrom as QuantizedFrom,
+)
+from hotglm.slot.requantize import (
+    Requantize as Requantize,
+)
 from hotglm.slot.slot import (
     ModuleSlot as ModuleSlot,
 )

@@ -270,6 +270,7 @@ class SlotCore:
             digests=options.digests or {},
             config=options.config,
             refresh=settings.refresh,
+            requantize=settings.requantize,
             migrations=settings.migrations,
             trust=settings.trust,
             mode=GradMode.current(),
@@ -338,6 +339,7 @@ class SlotCore:
             old_number=old.generation.number,
             new_number=live.number,
             digest=live.digest,
+            quantized_from=None if live.origin is None else live.origin.weights,
             digests=dict(live.digests),  # a mapping that can be pickled, like the rest of a receipt
             commit_s=commit_s,
             at_s=time.time(),

@@ -6,6 +6,7 @@ verdict.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -14,6 +15,7 @@ from hotglm.errors import ArgumentError
 from hotglm.model.captured import verify_uncaptured
 from hotglm.model.compiled import is_compiled
 from hotglm.model.registry import find_definition
+from hotglm.model.twin import Twin
 from hotglm.release.environment import read_environment
 from hotglm.slot.checks import COMPILES_LATER, promise_outputs
 from hotglm.slot.code import Code, Question, choose_code
@@ -23,8 +25,13 @@ from hotglm.slot.stage_request import StageRequest
 from hotglm.slot.staged import StageRecord
 from hotglm.slot.wrapped import verify_wrappers
 from hotglm.verdict import Candidate, Verdict, decide
+from hotglm.version import Version
+from hotglm.weights.digest import combine_digests
 
-__all__ = ["decide_code"]
+__all__ = ["combine_views", "decide_code", "name_version"]
+
+_LABEL_LENGTH = 12
+"""Hexadecimal digits of the digest in the local label of a version that weights did not carry themselves."""
 
 
 def decide_code(request: StageRequest, offer: Offer, record: StageRecord, *, serving: nn.Module) -> Code:
@@ -107,3 +114,20 @@ def _judge(request: StageRequest, code: Code, *, serving: nn.Module) -> Verdict:
 def _takes_config(code: Code) -> bool:
     definition = find_definition(type(code.module))
     return definition is not None and definition.config is not None
+
+
+def name_version(request: StageRequest, code: Code, digest: str | None) -> Version:
+    """Return the version of what is staged: the one it has, or else one that its content names."""
+    if request.version is not None:
+        return request.version
+    label = (digest or "").partition(":")[2][:_LABEL_LENGTH]
+    live = request.live
+    # Weights that fit as they are where others had to be migrated are not of the version that those were of.
+    base = code.version if live.is_migrated else live.version
+    return (code.stamped or base).with_local(label)
+
+
+def combine_views(twin: Twin, digests: Mapping[str, str]) -> str:
+    """Return the digest of all tensors of a twin of which `digests` are known."""
+    views = twin.views
+    return combine_digests({name: (views[name].dtype, views[name].shape, digest) for name, digest in digests.items()})

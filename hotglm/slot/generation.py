@@ -25,6 +25,7 @@ from hotglm.model.twin import mark_loose_tensors
 from hotglm.version import Version
 
 if TYPE_CHECKING:
+    from hotglm.slot.requantize import PlainOrigin
     from hotglm.trust.policy import Accepted
     from hotglm.weights.arena import Arena
     from hotglm.weights.exchange import Pair
@@ -81,6 +82,7 @@ class Generation:
         is_migrated: whether its tensors were brought to its code by a migration.
         seals: what stages have found out about its bytes, by name of a tensor; for the stage that has the slot's turn.
         accepted: the proof that the slot's trust accepted the release that it came from; None where there is none.
+        origin: the plain weights that it was quantised from by the slot, if it was.
         pairs: where weights are swapped in place, what of it is exchanged with the live module to make it live.
     """
 
@@ -98,6 +100,7 @@ class Generation:
         "module",
         "name",
         "number",
+        "origin",
         "pairs",
         "seals",
         "version",
@@ -121,8 +124,10 @@ class Generation:
         seals: Mapping[str, Seal] | None = None,
         accepted: Accepted | None = None,
         pairs: tuple[Pair, ...] = (),
+        origin: PlainOrigin | None = None,
     ) -> None:
         """Put the parts together; made by slots only."""
+        self.origin = origin
         self.accepted = accepted
         self.pairs = pairs
         self.is_migrated = is_migrated
@@ -167,6 +172,7 @@ class Generation:
             pairs=other.pairs,
             seals=self.seals,
             accepted=self.accepted,
+            origin=self.origin,
         )
 
     def __repr__(self) -> str:

@@ -64,6 +64,7 @@ class Loading:
             cancellation: of the stage.
             count_writes: see `plan_sealing`.
         """
+        self._part = "load" if offer.origin is None else "place"
         self._offer = offer
         self._count_writes = count_writes
         self._live = live
@@ -108,7 +109,7 @@ class Loading:
             cancellation=self._cancellation,
             budget=UNLIMITED if rate is None else Budget(rate),
             pace=self._pace,
-            report=_Meter(report, total_nbytes=self._offer.nbytes).add,
+            report=_Meter(report, part=self._part, total_nbytes=self._offer.nbytes).add,
         )
         loaded = self._load(targets, taken, options=options)
         self._keep_seals(loaded)
@@ -195,8 +196,9 @@ def _reads_nothing(supply: Supply, targets: Mapping[str, Target], left: Mapping[
 class _Meter:
     """Counts bytes from many threads, and tells of every step."""
 
-    def __init__(self, report: Callable[[Progress], object], *, total_nbytes: int) -> None:
+    def __init__(self, report: Callable[[Progress], object], *, part: str, total_nbytes: int) -> None:
         self._report = report
+        self._part = part
         self._total_nbytes = total_nbytes
         self._done_nbytes = 0
         self._lock = threading.Lock()
@@ -204,4 +206,4 @@ class _Meter:
     def add(self, nbytes: int) -> None:
         with self._lock:
             self._done_nbytes += nbytes
-        self._report(Progress(part="load", done_nbytes=self._done_nbytes, total_nbytes=self._total_nbytes))
+        self._report(Progress(part=self._part, done_nbytes=self._done_nbytes, total_nbytes=self._total_nbytes))

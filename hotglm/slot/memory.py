@@ -100,6 +100,8 @@ class MemoryPlan:
         allocates_nbytes: fresh memory, 0 where an arena is reused.
         available_nbytes: what the machine and its limits left when the plan was made; of the processor's memory.
         devices: the parts that are not in the processor's memory.
+        beside_nbytes: what is held beside the spare until the stage ends: where plain weights are quantised, these and
+            what becomes of them.
     """
 
     nbytes: int
@@ -108,6 +110,7 @@ class MemoryPlan:
     allocates_nbytes: int
     available_nbytes: int
     devices: tuple[DevicePlan, ...] = ()
+    beside_nbytes: int = 0
 
     def explain(self) -> str:
         """Return the plan as one sentence."""
@@ -123,7 +126,12 @@ class MemoryPlan:
             f"; {part.nbytes} of them on {part.name}, which has {part.available_nbytes} available"
             for part in self.devices
         )
-        return f"The spare takes {self.nbytes} bytes from {origin}{parts}{given_up}."
+        beside = (
+            f" Beside it {self.beside_nbytes} bytes are held for plain weights and what they become."
+            if self.beside_nbytes
+            else ""
+        )
+        return f"The spare takes {self.nbytes} bytes from {origin}{parts}{given_up}.{beside}"
 
 
 class ArenaPool:

@@ -14,6 +14,7 @@ from typing import Any
 from hotglm.problem import shorten_repr
 from hotglm.slot.memory import MemoryPlan
 from hotglm.slot.policies import InPlaceRecord
+from hotglm.slot.requantize import QuantizedFrom
 from hotglm.verdict import Verdict
 from hotglm.version import Version
 from hotglm.weights.yielding import PaceRecord
@@ -74,6 +75,8 @@ class Receipt:
         source: what the weights came from, in words.
         digest: digest of what is live now.
         digests: digest of each of its tensors.
+        quantized_from: the plain weights that the slot has quantised it from (`Requantize`), which is what a signature
+            covers; None where it came as it is.
         verdict: the decision, where there was one.
         plan: where the memory came from.
         timings: the parts of the stage, in order.
@@ -102,6 +105,7 @@ class Receipt:
     source: str = ""
     digest: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    quantized_from: QuantizedFrom | None = None
     verdict: Verdict | None = None
     plan: MemoryPlan | None = None
     timings: tuple[StageTiming, ...] = ()
@@ -140,6 +144,7 @@ class Receipt:
             "timings": [dataclasses.asdict(timing) for timing in self.timings],
             "verdict": None if self.verdict is None else self.verdict.explain(),
             "plan": None if self.plan is None else self.plan.explain(),
+            "quantized_from": None if self.quantized_from is None else dataclasses.asdict(self.quantized_from),
             "in_place": None if self.in_place is None else dataclasses.asdict(self.in_place),
             "pace": None if self.pace is None else dataclasses.asdict(self.pace),
         }
@@ -158,6 +163,7 @@ class Receipt:
         lines += [f"  migrated: {line}" for line in self.migration]
         lines += [f"  {self.in_place.explain()}"] if self.in_place else []
         lines += [f"  digest {self.digest}"] if self.digest else []
+        lines += [f"  quantised from weights of digest {self.quantized_from.digest}"] if self.quantized_from else []
         lines += [f"  proved: {', '.join(self.checks)}"] if self.checks else []
         lines += [f"  compiled: {self.recompiles}"] if self.recompiles else []
         lines += [f"  recorded graphs: {self.recaptures}"] if self.recaptures else []

@@ -17,6 +17,7 @@ from hotglm.progress import Progress
 from hotglm.slot.checks import StagePolicy
 from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.policies import Flip, InPlace, SwapChoice
+from hotglm.slot.requantize import Requantize
 from hotglm.trust.policy import Trust
 from hotglm.version import Bump
 
@@ -34,6 +35,7 @@ class SlotSettings:
     constants: tuple[str, ...]
     refresh: Callable[[nn.Module], object] | None
     swap: SwapChoice
+    requantize: Requantize | None = None
     migrations: Migrations | None = None
     trust: Trust | None = None
 

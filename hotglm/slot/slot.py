@@ -11,8 +11,6 @@ Rules this module keeps:
 from __future__ import annotations
 
 import contextlib
-import copy
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,7 +20,7 @@ from hotglm.errors import SlotStateError
 from hotglm.events import Event
 from hotglm.migration.registry import Migrations
 from hotglm.model.compilations import listen
-from hotglm.model.compiled import adopt_compiled, settle
+from hotglm.model.compiled import settle
 from hotglm.model.inspection import contract_of
 from hotglm.model.registry import find_definition
 from hotglm.model.scripted import is_script, verify_script
@@ -31,6 +29,7 @@ from hotglm.progress import Progress
 from hotglm.slot.admission import Admission
 from hotglm.slot.checks import StagePolicy, promise_outputs
 from hotglm.slot.choosing import choose_swap
+from hotglm.slot.copies import copy_slot, reduce_slot
 from hotglm.slot.core import SlotCore
 from hotglm.slot.facade import ModuleFacade
 from hotglm.slot.forking import follow_forks
@@ -41,7 +40,9 @@ from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.observer import find_holders, read_status, wait_drained
 from hotglm.slot.policies import Flip, InPlace
 from hotglm.slot.publication import Expected, HistoryEntry
+from hotglm.slot.quantizing import verify_requantize
 from hotglm.slot.receipt import Receipt
+from hotglm.slot.requantize import Requantize
 from hotglm.slot.settings import SlotSettings, StageOptions, verify_settings
 from hotglm.slot.source import Source
 from hotglm.slot.staged import Staged
@@ -82,6 +83,7 @@ class ModuleSlot(ModuleFacade):
         migrations: Migrations | None = None,
         trust: Trust | None = None,
         swap: Flip | InPlace | Literal["auto"] | None = None,
+        requantize: Requantize | None = None,
     ) -> None:
         """Take `module` over and make it the first generation.
 
@@ -103,6 +105,7 @@ class ModuleSlot(ModuleFacade):
                 What is handed over in memory, mappings and modules, is the host's own. The slot asks in its own name.
             swap: `InPlace()` for a module whose tensors must stay where they are; by default `Flip()`. `"auto"` takes
                 `InPlace()` for TorchScript and captured graphs, and where somebody holds the tensors, and says why.
+            requantize: how plain weights (files, releases, mappings) are quantised for a module that is.
 
         Raises:
             ModuleError: the module holds something no slot can hold; everything is named.
@@ -117,6 +120,8 @@ class ModuleSlot(ModuleFacade):
         is_fixed = isinstance(choice.policy, InPlace)
         contract = promise_outputs(contract_of(module, is_fixed=is_fixed), policy or StagePolicy(), live=None)
         verify_swappable(module, is_fixed=is_fixed)
+        if requantize is not None:
+            verify_requantize(requantize, module)
         if is_script(module):
             verify_script(module, constants=constants)
         definition = find_definition(type(module))
@@ -132,6 +137,7 @@ class ModuleSlot(ModuleFacade):
             migrations=migrations,
             trust=None if trust is None else trust.for_slot(label),
             swap=choice,
+            requantize=requantize,
         )
         code_version = definition.version if definition else parsed
         core = SlotCore(
@@ -353,43 +359,13 @@ class ModuleSlot(ModuleFacade):
 
     # -- the slot itself as an object --------------------------------------------------------------------------------
 
-    def _options(self) -> dict[str, Any]:
-        settings = self._core.settings
-        return {
-            "name": self.name,
-            "version": str(self.version),
-            "accept": settings.accept,
-            "policy": settings.policy,
-            "memory": settings.memory,
-            "constants": settings.constants,
-            "refresh": settings.refresh,
-            "migrations": settings.migrations,
-            "trust": settings.trust,
-            "swap": settings.swap.policy,
-        }
-
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSlot:
         """Return an independent slot around a deep copy of the live module, with the same settings."""
         with self.acquire() as generation:
-            copied = ModuleSlot(copy.deepcopy(generation.module, memo), **self._options())
-            copied.live.code_version, copied.live.is_migrated = generation.code_version, generation.is_migrated
-            adopt_compiled(copied.live.module, generation.module)
-            copied._admission.refresh_call()
-        memo[id(self)] = copied
+            copied = memo[id(self)] = copy_slot(self._core, generation, memo, kind=ModuleSlot)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle the live module and the slot's settings; history, subscribers and held generations stay behind.
-
-        By value and with the plain pickler: that of `multiprocessing` moves the tensors that it is given into memory
-        that the other process can write (P5; `tests/test_fork.py`).
-        """
+        """Pickle the live module and the slot's settings; history, subscribers and held generations stay behind."""
         with self.acquire() as generation:
-            module = pickle.dumps(generation.module, protocol)
-            return (_rebuild, (module, self._options(), (str(generation.code_version), generation.is_migrated)))
-
-
-def _rebuild(module: bytes, options: dict[str, Any], code: tuple[str, bool]) -> ModuleSlot:
-    slot = ModuleSlot(pickle.loads(module), **options)  # noqa: S301 - part of a pickle that is being read already
-    slot.live.code_version, slot.live.is_migrated = Version(code[0]), code[1]
-    return slot
+            return reduce_slot(self._core, generation, protocol, kind=ModuleSlot)

@@ -40,6 +40,7 @@ from hotglm.model.wrappers import WrapperSpec, find_wrapper_specs, flatten_mappi
 from hotglm.release.directory import Release, is_release, open_release
 from hotglm.release.files import WeightFiles, open_weights
 from hotglm.release.payloads import read_result_metadata
+from hotglm.slot.requantize import PlainOrigin
 from hotglm.trust.policy import Accepted, Trust
 from hotglm.version import Version
 from hotglm.weights.dtypes import LOADABLE_DTYPES, TORCH_DTYPES, dtype_name
@@ -86,6 +87,7 @@ class Offer:
         module: the module, for a module source: its structure is what holds the weights.
         recipe: how that was compiled as a whole, if it was what `torch.compile` returns.
         definition: what is declared of the module's class.
+        origin: the plain weights that it was quantised from in this stage, if it was.
     """
 
     label: str
@@ -106,6 +108,7 @@ class Offer:
     module: nn.Module | None = None
     recipe: Recipe | None = None
     definition: Definition | None = None
+    origin: PlainOrigin | None = None
 
     def close(self) -> None:
         """Close the files; may be called twice."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,7 +26,7 @@ from hotglm.slot.memory import ArenaPool, DevicePlan, MemoryPlan, MemoryPolicy, 
 from hotglm.weights import places
 from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.device import Device
-from hotglm.weights.layout import Region
+from hotglm.weights.layout import Layout, Region
 from hotglm.weights.split_arena import SplitArena
 from hotglm.weights.workers import Cancellation
 
@@ -72,12 +72,13 @@ class Spares:
         """Replace the lock in a forked child, where the thread that may have held it does not exist."""
         self._taking = threading.Lock()
 
-    def plan(self, nbytes: int, regions: tuple[Region, ...] = ()) -> MemoryPlan:
+    def plan(self, nbytes: int, regions: tuple[Region, ...] = (), *, beside: Sequence[Layout] = ()) -> MemoryPlan:
         """Return where `nbytes` for a spare will come from; change nothing.
 
         Args:
             nbytes: of the layout.
             regions: where they are, if they are not all the processor's.
+            beside: what else the stage will hold at the same time, in memory that is not the slot's.
 
         Raises:
             MemoryPlanError: they are not to be had within the policy and the limits.
@@ -85,31 +86,27 @@ class Spares:
         available = read_available_nbytes()
         is_free = self.pool.find_free(nbytes, regions) is not None
         retires = () if is_free else self._choose_retired(nbytes)
-        devices = self._plan_devices(regions, retires)
-        if is_free:
-            return MemoryPlan(
-                nbytes=nbytes, reuses=True, retires=(), allocates_nbytes=0, available_nbytes=available, devices=devices
-            )
-        freed = [generation for generation in retires if self._has_room(generation, nbytes, regions)]
-        allocates = 0 if freed else nbytes
-        if allocates:
+        is_reused = is_free or any(self._has_room(generation, nbytes, regions) for generation in retires)
+        wanted = [*([] if is_reused else [(nbytes, regions)]), *((one.nbytes, one.regions) for one in beside)]
+        if wanted:
             dropped = sum(weights_nbytes(generation) for generation in retires if generation.arena is not None)
             verify_fits(
-                allocates,
-                host_nbytes=_host_nbytes(nbytes, regions),
+                sum(size for size, _ in wanted),
+                host_nbytes=sum(_host_nbytes(size, parts) for size, parts in wanted),
                 pool_nbytes=self.pool.nbytes - self.pool.free_nbytes - dropped,
                 policy=self.policy,
                 available_nbytes=available + self._count_returned(None, retires),
-                devices=devices,
+                devices=_add_up(plan for _, parts in wanted for plan in self._plan_devices(parts, retires)),
                 holders=self.describe_holders(),
             )
         return MemoryPlan(
             nbytes=nbytes,
-            reuses=False,
+            reuses=is_free,
             retires=tuple(generation.number for generation in retires),
-            allocates_nbytes=allocates,
+            allocates_nbytes=0 if is_reused else nbytes,
             available_nbytes=available,
-            devices=devices,
+            devices=self._plan_devices(regions, retires),
+            beside_nbytes=sum(one.nbytes for one in beside),
         )
 
     def _plan_devices(self, regions: tuple[Region, ...], retires: tuple[Generation, ...]) -> tuple[DevicePlan, ...]:
@@ -276,6 +273,15 @@ def weights_nbytes(generation: Generation) -> int:
     if generation.arena is not None:
         return generation.arena.nbytes
     return sum(tensor.numel() * tensor.element_size() for tensor in _find_tensors(generation))
+
+
+def _add_up(plans: Iterable[DevicePlan]) -> tuple[DevicePlan, ...]:
+    """Return one plan for each device, for all that is to be on it."""
+    found: dict[str, DevicePlan] = {}
+    for plan in plans:
+        known = found.get(plan.name)
+        found[plan.name] = plan if known is None else replace(plan, nbytes=plan.nbytes + known.nbytes)
+    return tuple(found.values())
 
 
 def _host_nbytes(nbytes: int, regions: tuple[Region, ...]) -> int:

@@ -18,6 +18,7 @@ from hotglm.progress import Progress
 from hotglm.slot.admission import Admission
 from hotglm.slot.checks import StagePolicy
 from hotglm.slot.generation import Generation
+from hotglm.slot.requantize import Requantize
 from hotglm.slot.source import Source
 from hotglm.slot.staged import Staged
 from hotglm.trust.policy import Trust
@@ -46,6 +47,7 @@ class StageRequest:
     digests: Mapping[str, str]
     config: Mapping[str, Any] | None
     refresh: Callable[[nn.Module], object] | None
+    requantize: Requantize | None
     migrations: Migrations | None
     trust: Trust | None
     mode: GradMode

@@ -30,26 +30,22 @@ from hotglm.model.inspection import StateEntry, contract_of, find_state
 from hotglm.model.twin import Twin, copy_module, verify_copyable
 from hotglm.slot.checks import run_checks
 from hotglm.slot.code import Code
-from hotglm.slot.deciding import decide_code
+from hotglm.slot.deciding import combine_views, decide_code, name_version
 from hotglm.slot.generation import Generation
 from hotglm.slot.loading import Loading
+from hotglm.slot.quantizing import find_plain, quantize_offer
 from hotglm.slot.refreshing import refresh_derived
 from hotglm.slot.source import Offer, open_source
 from hotglm.slot.spare import Spares, TakenSpare
 from hotglm.slot.stage_request import StageRequest
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.targets import find_targets
-from hotglm.version import Version
 from hotglm.weights import places
 from hotglm.weights.arena import Lease
-from hotglm.weights.digest import combine_digests
-from hotglm.weights.pace import make_pace
+from hotglm.weights.pace import AtWill, Pace, make_pace
 from hotglm.weights.proof import Loaded, Target
 
 __all__ = ["stage_version"]
-
-_LABEL_LENGTH = 12
-"""Hexadecimal digits of the digest in the local label of a version that weights did not carry themselves."""
 
 
 def stage_version(request: StageRequest, spares: Spares, record: StageRecord) -> Staged:
@@ -65,18 +61,28 @@ def stage_version(request: StageRequest, spares: Spares, record: StageRecord) ->
             stack.callback(offer.close)
         record.source, record.version = offer.label, request.version or offer.version
         request = replace(request, version=record.version)
-        return _Stage(request, spares, record, offer).run(stack)
+        plain, pace = None, make_pace(request.policy.pace)
+        if request.requantize is not None:
+            with record.timed("build"):
+                plain = find_plain(request, offer)
+        if plain is None:
+            return _Stage(request, spares, record, offer, pace=pace).run(stack)
+        request, code = quantize_offer(request, offer, plain, record, spares, pace=pace)
+        del plain
+        return _Stage(request, spares, record, code.offer, pace=pace).fill(code, stack)
 
 
 class _Stage:
     """One stage on its way; each method is one part of it."""
 
-    def __init__(self, request: StageRequest, spares: Spares, record: StageRecord, offer: Offer) -> None:
+    def __init__(
+        self, request: StageRequest, spares: Spares, record: StageRecord, offer: Offer, *, pace: Pace | AtWill
+    ) -> None:
         self._request = request
         self._spares = spares
         self._record = record
         self._offer = offer
-        self._pace = make_pace(request.policy.pace)
+        self._pace = pace
 
     def run(self, stack: ExitStack) -> Staged:
         """Return the proved stage; `stack` closes what it opens."""
@@ -84,15 +90,16 @@ class _Stage:
         with self._record.timed("decide"):
             code = decide_code(request, self._offer, self._record, serving=request.live.module)
         request.cancellation.raise_if_cancelled()
-        return self._fill(code, stack)
+        return self.fill(code, stack)
 
-    def _fill(self, code: Code, stack: ExitStack) -> Staged:
+    def fill(self, code: Code, stack: ExitStack) -> Staged:
         """Return the proved stage of `code` with what it is offered."""
         record, cancellation, self._offer = self._record, self._request.cancellation, code.offer
         with record.timed("plan"):
             entries = list(find_state(code.module))
             layout = lay_out(entries, like=find_state(self._request.live.module))
-            record.plan = self._spares.plan(layout.nbytes, layout.regions)
+            beside_nbytes = 0 if record.plan is None else record.plan.beside_nbytes  # of weights that were quantised
+            record.plan = replace(self._spares.plan(layout.nbytes, layout.regions), beside_nbytes=beside_nbytes)
             loading = self._plan_loading(code.contract, stack)
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up
                 verify_copyable(
@@ -157,14 +164,17 @@ class _Stage:
         What a module holds was computed from that module's own weights, which it is staged with; and whoever passes a
         `refresh` function for somebody else's model answers for all of it.
         """
-        covers_all = self._offer.module is not None or self._request.refresh is not None
+        offer = self._offer
+        covers_all = offer.module is not None or offer.origin is not None or self._request.refresh is not None
         return ("*",) if covers_all else self._request.constants
 
     def _load(self, loading: Loading, targets: Mapping[str, Target], taken: TakenSpare) -> Loaded:
-        with self._record.timed("load", nbytes=self._offer.nbytes):
-            loaded, self._record.origins = loading.run(targets, taken=taken, report=self._request.report)
+        is_read = self._offer.origin is None  # else it was read, and counted, before it was quantised
+        with self._record.timed("load" if is_read else "place", nbytes=self._offer.nbytes):
+            loaded, origins = loading.run(targets, taken=taken, report=self._request.report)
+        if is_read:
+            self._record.origins, self._record.converted = origins, loaded.converted
         self._record.pace = self._pace.record
-        self._record.converted = loaded.converted
         return loaded
 
     def _plan_loading(self, code: Contract, stack: ExitStack) -> Loading:
@@ -204,8 +214,8 @@ class _Stage:
             *([f"{len(loaded.digests)} digests taken"] if loaded.digests else []),
         ]
         record.checks = (*values, *proved)
-        digest = self._combine(twin, loaded)
-        record.version = self._name_version(digest, code)
+        digest = combine_views(twin, loaded.digests) if request.policy.digest else None
+        record.version = name_version(request, code, digest)
         pairs = request.owner.pair(twin.module, was_refreshed=bool(record.refreshed))
         return Generation(
             twin.module,
@@ -219,9 +229,10 @@ class _Stage:
             lease=taken.lease.watch,
             marks=marks,
             code_version=code.version,
-            is_migrated=code.offer.migration is not None,
+            is_migrated=bool(record.migration),
             seals={name: seal for name, seal in loaded.seals.items() if seal.digest == loaded.digests.get(name)},
             accepted=code.offer.accepted,
+            origin=code.offer.origin,
             pairs=pairs,
         )
 
@@ -239,21 +250,6 @@ class _Stage:
                 problems=[Problem(code="LAYOUT_CHANGED", message="New, gone or different", tensor=n) for n in names],
                 remedy="register parameters and buffers in the constructor, and write them in place later.",
             )
-
-    def _combine(self, twin: Twin, loaded: Loaded) -> str | None:
-        if not self._request.policy.digest:
-            return None
-        views = twin.views
-        return combine_digests({name: (views[name].dtype, views[name].shape, d) for name, d in loaded.digests.items()})
-
-    def _name_version(self, digest: str | None, code: Code) -> Version:
-        if self._request.version is not None:
-            return self._request.version
-        label = (digest or "").partition(":")[2][:_LABEL_LENGTH]
-        live = self._request.live
-        # Weights that fit as they are where others had to be migrated are not of the version that those were of.
-        base = code.version if live.is_migrated else live.version
-        return (code.stamped or base).with_local(label)
 
 
 def _adopt_mode(module: nn.Module, live: nn.Module) -> None:

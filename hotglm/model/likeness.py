@@ -1,0 +1,104 @@
+"""Whether two modules are the same but for the values of their parameters and persistent buffers.
+
+Rules this module keeps: only what is seen to be the same is taken for the same. Packed weights, numbers that were
+computed from weights, functions that have captured something, and whatever else cannot be compared, differ.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from hotglm.model.compiled import COMPILED_CALL
+from hotglm.model.references import describes_quantised
+from hotglm.model.wrappers import is_wrapper
+from hotglm.weights.digest import tensor_bytes
+
+__all__ = ["find_unlike"]
+
+_OWN_NAMES = frozenset(vars(nn.Module())) | {COMPILED_CALL, "_is_torch_compile"}
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+
+
+def find_unlike(live: nn.Module, made: nn.Module) -> Iterator[str]:
+    """Yield the names of what `made` has otherwise than `live`, beside weights; hooks of `live` alone are none of it.
+
+    Args:
+        live: the module that serves; hooks and compiled code may have been added to it since it was made.
+        made: the module that is to take its place, of the same contract.
+    """
+    return _Comparison(live, made).find()
+
+
+class _Comparison:
+    """Two modules, and which parts of them have the same place."""
+
+    def __init__(self, live: nn.Module, made: nn.Module) -> None:
+        self._live = dict(live.named_modules())
+        self._made = dict(made.named_modules())
+        self._root = type(live).__name__
+        self._paths = {id(part): path for parts in (self._live, self._made) for path, part in parts.items()}
+
+    def find(self) -> Iterator[str]:
+        """Yield the full names of what differs."""
+        for path in {**self._live, **self._made}:
+            one, other = self._live.get(path), self._made.get(path)
+            if one is None or other is None or type(one) is not type(other):
+                yield path or self._root
+            else:
+                yield from (f"{path}.{name}" if path else name for name in self._find_in(one, other))
+
+    def _find_in(self, one: nn.Module, other: nn.Module) -> Iterator[str]:
+        yield from (name for name in _HOOKS if vars(other)[name])
+        yield from (name for name in ("_parameters", "_buffers") if vars(one)[name].keys() != vars(other)[name].keys())
+        for name in sorted(one._non_persistent_buffers_set | other._non_persistent_buffers_set):
+            if not self._is_same(one._buffers.get(name), other._buffers.get(name)):
+                yield name
+        ours, theirs = _find_attributes(one), _find_attributes(other)
+        for name in {**ours, **theirs}:
+            if name not in ours or name not in theirs or not self._is_same(ours[name], theirs[name]):
+                yield name
+
+    def _is_same(self, one: object, other: object) -> bool:
+        if one is other or type(one) is not type(other):
+            return one is other
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+            return _has_same_bytes(one, other)
+        if isinstance(one, nn.Module):
+            return id(one) in self._paths and self._paths[id(one)] == self._paths.get(id(other))
+        if isinstance(one, types.MethodType) and isinstance(other, types.MethodType):
+            return one.__func__ is other.__func__ and self._is_same(one.__self__, other.__self__)
+        return self._has_same_items(one, other)
+
+    def _has_same_items(self, one: object, other: object) -> bool:
+        if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+            return len(one) == len(other) and all(map(self._is_same, one, other))
+        if isinstance(one, dict) and isinstance(other, dict):
+            return list(one) == list(other) and all(self._is_same(value, other[key]) for key, value in one.items())
+        return _is_equal(one, other)
+
+
+def _find_attributes(module: nn.Module) -> dict[str, object]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _OWN_NAMES and not describes_quantised(name, value)
+    }
+
+
+def _is_equal(one: object, other: object) -> bool:
+    try:
+        return type(one).__eq__ is not object.__eq__ and bool(one == other)
+    except Exception:  # noqa: BLE001 - its own comparison may raise anything; what cannot be compared is not the same
+        return False
+
+
+def _has_same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape or one.dtype is not other.dtype or one.device != other.device:
+        return False
+    if any(t.layout is not torch.strided or t.is_quantized or t.is_meta or is_wrapper(t) for t in (one, other)):
+        return False
+    return torch.equal(tensor_bytes(one), tensor_bytes(other))
