@@ -18,7 +18,7 @@ import torch
 
 import hotglm
 from hotglm.errors import MemoryPlanError, SlotStateError, StageFailedError
-from hotglm.weights import cuda, cuda_blocks, cuda_driver
+from hotglm.weights import cuda_blocks, cuda_driver
 from hotglm.weights.cuda import CudaDevice, CudaEvent, find_cuda_device
 from hotglm.weights.cuda_driver import create_stream, leaving_captures_alone
 from hotglm.weights.device_arena import DeviceArena
@@ -423,7 +423,7 @@ def test_blocks_of_a_device_that_has_failed_are_kept(
 ) -> None:
     """Where no event can be recorded any more no block may go: torch would end the process in a destructor."""
     kept: list[object] = []
-    monkeypatch.setattr(cuda, "keep_for_ever", lambda: kept.append(1))
+    monkeypatch.setattr("hotglm.weights.cuda_lane.keep_for_ever", lambda: kept.append(1))
     fake.fail = raising("record", RuntimeError("CUDA error: device-side assert triggered"))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="device-side assert"):

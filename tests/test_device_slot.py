@@ -380,14 +380,6 @@ def test_a_release_and_its_delta_go_live_on_devices(fakes: FakePlaces, tmp_path:
     assert devices[1].owns(cast(Split, slot.live.module).second.weight.data_ptr())
 
 
-def test_swaps_in_place_are_for_the_processor(fakes: FakePlaces) -> None:
-    """A module on devices is refused by a slot that swaps in place, naming each tensor."""
-    module, _ = make_split(fakes, 3)
-    with pytest.raises(hotglm.UnswappableError, match=r"second\.weight") as caught:
-        hotglm.ModuleSlot(module, name="m", version="1.0.0", swap=hotglm.InPlace())
-    assert "last.weight" not in str(caught.value)
-
-
 @pytest.mark.parametrize("on_devices", [False, True])
 def test_a_budget_holds_for_every_way_of_loading(
     fakes: FakePlaces, tmp_path: Path, on_devices: bool, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ Rules this module keeps: only metadata is read; the arithmetic on addresses is `
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from hotglm.model.wrappers import find_memory, is_wrapper
 from hotglm.weights import places
 from hotglm.weights.arena import ALIGNMENT
 from hotglm.weights.device import DEVICE_ALIGNMENT, Device
-from hotglm.weights.layout import Extent, Layout, join_layouts, plan_layout
+from hotglm.weights.layout import Extent, Layout, find_no_room, join_layouts, plan_layout
 
 __all__ = ["Parts", "extent_nbytes", "lay_out", "overlaps_itself"]
 
@@ -36,7 +36,13 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
     return extent_nbytes(tensor) < tensor.numel() * tensor.element_size()
 
 
-def lay_out(entries: Iterable[StateEntry], *, like: Iterable[StateEntry] = ()) -> Layout:
+def lay_out(
+    entries: Iterable[StateEntry],
+    *,
+    like: Iterable[StateEntry] = (),
+    find_room: Callable[[int], int] = find_no_room,
+    is_on_host: bool = False,
+) -> Layout:
     """Return where the tensors of a module go in an arena.
 
     Expanded tensors, whose elements share memory, get room for all of their elements. Addresses of devices and of the
@@ -46,12 +52,14 @@ def lay_out(entries: Iterable[StateEntry], *, like: Iterable[StateEntry] = ()) -
         entries: the state of the module.
         like: the state of the module that it is to replace: each tensor goes where that has one of its name, and what
             it has none of where all of its tensors are, if that is one place; else a tensor stays where it is.
+        find_room: see `join_layouts`.
+        is_on_host: lay all of them out in one block of the processor's memory, wherever they are now.
     """
     homes = _Homes(like)
     groups: dict[str, tuple[Device | None, list[Extent]]] = {}
     for index, entry in enumerate(entries):
         expanded = overlaps_itself(entry.tensor)
-        device = homes.find(entry)
+        device = None if is_on_host else homes.find(entry)
         _, extents = groups.setdefault("" if device is None else device.name, (device, []))
         extents.append(
             Extent(
@@ -67,7 +75,7 @@ def lay_out(entries: Iterable[StateEntry], *, like: Iterable[StateEntry] = ()) -
         (device, plan_layout(extents, alignment=ALIGNMENT if device is None else DEVICE_ALIGNMENT))
         for device, extents in groups.values()
     ]
-    return join_layouts(parts, alignment=DEVICE_ALIGNMENT)
+    return join_layouts(parts, alignment=DEVICE_ALIGNMENT, find_room=find_room)
 
 
 class _Homes:

@@ -22,18 +22,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from hotglm.errors import DrainTimeoutError, Problem, ReentrantError, StageFailedError, UnswappableError
 from hotglm.model.derived import Marks
-from hotglm.model.inspection import find_state
 from hotglm.model.pairing import find_moved, pair_states, read_addresses
 from hotglm.model.twin import find_loose_tensors
 from hotglm.problem import HotglmError, describe_exception
 from hotglm.slot.admission import Admission
+from hotglm.slot.change import Change, Publications, Ready, digest_where_it_is
 from hotglm.slot.claim import Claim, NoClaim
 from hotglm.slot.gate import Closing, Gate, Ticket
 from hotglm.slot.generation import Generation
@@ -41,66 +41,14 @@ from hotglm.slot.passage import admit, runs_module
 from hotglm.slot.policies import InPlace, InPlaceRecord
 from hotglm.slot.publication import Expected, Publication, choose_call, find_target, verify_expected
 from hotglm.weights import places
-from hotglm.weights.digest import digest_tensor
-from hotglm.weights.exchange import Exchange, Pair
+from hotglm.weights.exchange import Pair
+from hotglm.weights.exchanges import make_exchanges
 from hotglm.weights.workers import start_thread
 
 __all__ = ["InPlaceAdmission"]
 
 _SIGNAL_S = 0.25
 """How long a caller waits at a time, so that a Ctrl-C is not late (as in slot/stager.py)."""
-
-
-Publications = tuple[Publication, Publication]
-"""What was published before a change, and after it."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Change:
-    """What one commit or rollback is to do, and what it comes to.
-
-    Attributes:
-        choose: called under the writers' lock with what is published; returns the generation to be made live, or
-            raises.
-        claim: taken when nobody is inside, right before the first byte; given back where the change is undone.
-        follow: makes the next publication of the latest one, the new live generation and the displaced one.
-        outcome: set right before the store.
-    """
-
-    choose: Callable[[Publication], Generation]
-    claim: Claim
-    follow: Callable[[Publication, Generation, Generation], Publication]
-    outcome: Publications | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """What is made before the gate closes.
-
-    Attributes:
-        generation: staged or held; its tensors have the bytes that are to be live.
-        exchange: of them with the live ones.
-        digests: of derived tensors among them.
-        loose: tensors of the live module that are neither parameters nor buffers that files carry.
-    """
-
-    generation: Generation
-    exchange: Exchange
-    digests: dict[str, str]
-    loose: tuple[Any, ...]
-
-
-def _verify_on_processor(module: nn.Module) -> None:
-    found = {entry.name: device.name for entry in find_state(module) if (device := places.active.find(entry.tensor))}
-    if found:
-        raise UnswappableError(
-            "Expected a module in the processor's memory for swaps in place, got tensors on devices.",
-            problems=[
-                Problem(code="CANNOT_SWAP", message=f"Expected it on the CPU, got it on {device}", tensor=name)
-                for name, device in found.items()
-            ],
-            remedy="leave swap at hotglm.Flip(), which keeps two arenas on the device.",
-        )
 
 
 class InPlaceAdmission(Admission):
@@ -110,13 +58,8 @@ class InPlaceAdmission(Admission):
     __slots__ = ("_addresses", "_changing", "_num_writes", "_policy", "_writing_bytes", "gate")
 
     def __init__(self, generation: Generation, *, name: str, policy: InPlace) -> None:
-        """Publish the first generation; where its tensors lie is noted.
-
-        Raises:
-            UnswappableError: some of them are on a device.
-        """
+        """Publish the first generation; where its tensors lie is noted."""
         super().__init__(generation, name=name)
-        _verify_on_processor(generation.module)
         self.gate = Gate()
         self._policy = policy
         self._changing = threading.Lock()
@@ -285,9 +228,9 @@ class InPlaceAdmission(Admission):
 
     def _work(self, change: Change, unwanted: threading.Event, failures: queue.SimpleQueue[BaseException]) -> None:
         try:
-            with self._changing:
+            with self._changing, places.active.aside():
                 if not unwanted.is_set():
-                    self._change_now(change, unwanted)
+                    self._settle(self._change_now(change, unwanted), change)
         except HotglmError as failure:
             failures.put(failure)
         except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
@@ -296,7 +239,7 @@ class InPlaceAdmission(Admission):
             typed.__cause__ = failure
             failures.put(typed)
 
-    def _change_now(self, change: Change, unwanted: threading.Event) -> None:
+    def _change_now(self, change: Change, unwanted: threading.Event) -> Ready:
         with self._writing():
             self._verify_open()
             self.gate.verify_whole()
@@ -308,6 +251,7 @@ class InPlaceAdmission(Admission):
             self.gate.close(closing)
             num_inside = self.gate.count_inside()
             self._wait_until_empty(closing, unwanted)
+            self._follow_passes(ready, timeout_s=self._policy.timeout_s + started - time.perf_counter())
             waited = time.perf_counter()
             change.claim.take()
             self._exchange(change, ready, closing, started=started, waited=waited, num_inside=num_inside)
@@ -315,14 +259,24 @@ class InPlaceAdmission(Admission):
             if self.live.epoch == epoch and not closing.is_torn:
                 change.claim.give_back()  # here, and not in the thread that waits, which may wait no more
             self.gate.open(closing)
+        return ready
+
+    def _settle(self, ready: Ready, change: Change) -> None:
+        """Bring the old bytes home while passes run again; where that fails, nobody can go back to them."""
+        for _ in range(2):
+            with contextlib.suppress(Exception):  # the version is live, and nothing may be raised any more
+                ready.exchange.settle()
+                return
+        if change.outcome is not None:
+            super().retire(change.outcome[1].held[0])
 
     def _prepare(self, generation: Generation) -> Ready:
         module = self.live.generation.module
         self._verify_addresses(module)
         return Ready(
             generation=generation,
-            exchange=Exchange(generation.pairs, num_threads=self._policy.num_threads),
-            digests={pair.name: digest_tensor(pair.image) for pair in generation.pairs if pair.is_derived},
+            exchange=make_exchanges(generation.pairs, arena=generation.arena, num_threads=self._policy.num_threads),
+            digests={pair.name: digest_where_it_is(pair.image) for pair in generation.pairs if pair.is_derived},
             loose=find_loose_tensors(module),
         )
 
@@ -336,6 +290,16 @@ class InPlaceAdmission(Admission):
             f"did not.\n" + "\n".join(inside).rstrip(),
             remedy="commit again when they have ended, or raise InPlace.timeout_s; nothing has changed.",
         )
+
+    def _follow_passes(self, ready: Ready, *, timeout_s: float) -> None:
+        try:
+            ready.exchange.follow_passes(timeout_s=max(0.0, timeout_s))
+        except StageFailedError as failure:
+            raise DrainTimeoutError(
+                f"Expected captures of graphs to end within {self._policy.timeout_s} s of a commit in place, got one "
+                f"that did not: {failure}.",
+                remedy="commit again when it has ended, or raise InPlace.timeout_s; nothing has changed.",
+            ) from failure
 
     def _exchange(
         self, change: Change, ready: Ready, closing: Closing, *, started: float, waited: float, num_inside: int
@@ -382,7 +346,7 @@ class InPlaceAdmission(Admission):
             num_storages=len({storage for _, storage, nbytes in addresses.values() if nbytes}),
             moved=find_moved(self._addresses, addresses),
             derived=tuple(pair.name for pair in derived),
-            stale=tuple(pair.name for pair in derived if digest_tensor(pair.live) != ready.digests[pair.name]),
+            stale=tuple(pair.name for pair in derived if digest_where_it_is(pair.live) != ready.digests[pair.name]),
         )
 
     def _verify_addresses(self, module: nn.Module) -> None:

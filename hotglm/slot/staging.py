@@ -25,7 +25,6 @@ from hotglm.model.captured import leave_graph_trees
 from hotglm.model.compilations import counting, forget_compiled
 from hotglm.model.compiled import adopt_compiled, compile_as
 from hotglm.model.derived import Marks
-from hotglm.model.extents import lay_out
 from hotglm.model.inspection import StateEntry, contract_of, find_state
 from hotglm.model.twin import Twin, copy_module, verify_copyable
 from hotglm.slot.checks import run_checks
@@ -33,6 +32,7 @@ from hotglm.slot.code import Code
 from hotglm.slot.deciding import combine_views, decide_code, name_version
 from hotglm.slot.generation import Generation
 from hotglm.slot.loading import Loading
+from hotglm.slot.placing import plan_image
 from hotglm.slot.quantizing import find_plain, quantize_offer
 from hotglm.slot.refreshing import refresh_derived
 from hotglm.slot.source import Offer, open_source
@@ -97,9 +97,9 @@ class _Stage:
         record, cancellation, self._offer = self._record, self._request.cancellation, code.offer
         with record.timed("plan"):
             entries = list(find_state(code.module))
-            layout = lay_out(entries, like=find_state(self._request.live.module))
             beside_nbytes = 0 if record.plan is None else record.plan.beside_nbytes  # of weights that were quantised
-            record.plan = replace(self._spares.plan(layout.nbytes, layout.regions), beside_nbytes=beside_nbytes)
+            layout, plan = plan_image(self._spares, entries, live=self._request.live.module)
+            record.plan = replace(plan, beside_nbytes=beside_nbytes)
             loading = self._plan_loading(code.contract, stack)
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up
                 verify_copyable(

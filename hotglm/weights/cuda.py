@@ -27,8 +27,9 @@ import torch
 
 from hotglm.errors import ArgumentError, MemoryPlanError, StageFailedError, shorten_repr
 from hotglm.problem import describe_exception
-from hotglm.weights.cuda_blocks import Blocks, keep_for_ever
+from hotglm.weights.cuda_blocks import Blocks
 from hotglm.weights.cuda_driver import create_stream, leaving_captures_alone
+from hotglm.weights.cuda_lane import CudaEvent, CudaLane, hold_back
 from hotglm.weights.device import Event
 from hotglm.weights.pinning import PinnedMemory
 from hotglm.weights.workers import yield_gil_when_due
@@ -59,36 +60,6 @@ _CAPTURE_LIMIT_S = 60.0
 """How long the end of a capture is waited for. One whose thread has died ends never."""
 
 
-class CudaEvent:
-    """An event that was recorded when it was made."""
-
-    __slots__ = ("_event", "_index")
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        """Record it on `stream`."""
-        self._index = stream.device_index
-        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        try:
-            self._event.record(stream)
-        except RuntimeError:
-            keep_for_ever()  # whatever it was: memory that stays is less than a process that ends by a signal
-            raise
-
-    def is_done(self) -> bool:
-        """Tell whether everything before it is done."""
-        with torch.cuda.device(self._index):
-            return bool(self._event.query())  # type: ignore[no-untyped-call]
-
-    def wait(self) -> None:
-        """Sleep until everything before it is done."""
-        with torch.cuda.device(self._index):
-            self._event.synchronize()
-
-    def hold_back(self, stream: torch.cuda.Stream) -> None:
-        """Let what is submitted to `stream` from now on begin after it."""
-        stream.wait_event(self._event)
-
-
 class CudaDevice:
     """One CUDA device; see `Device`."""
 
@@ -101,6 +72,7 @@ class CudaDevice:
         self._blocks = Blocks()
         self._lock = threading.Lock()
         self._streams: dict[int, torch.cuda.Stream] = {}
+        self._lanes: dict[int, CudaLane] = {}
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Return `nbytes` of torch's memory that torch reuses only when every stream is done with it."""
@@ -147,14 +119,22 @@ class CudaDevice:
         """Record an event on the side stream."""
         return CudaEvent(self._side)
 
-    def record_passes(self) -> tuple[CudaEvent, ...]:
+    def record_passes(self, *, timeout_s: float | None = None) -> tuple[CudaEvent, ...]:
         """Record an event on every stream that torch has, and on those it was told of.
 
         Raises:
-            StageFailedError: one of them has been captured for a minute.
+            StageFailedError: one of them has been captured for a minute, or for `timeout_s`.
         """
+        limit_s = _CAPTURE_LIMIT_S if timeout_s is None else timeout_s
         with torch.cuda.device(self._device):
-            return tuple(_record_uncaptured(stream) for stream in self._find_streams())
+            return tuple(_record_uncaptured(stream, limit_s=limit_s) for stream in self._find_streams())
+
+    def lane(self, number: int) -> CudaLane:
+        """Return one of the streams for exchanges."""
+        with self._lock:
+            if number not in self._lanes:
+                self._lanes[number] = CudaLane(_make_side_stream(self._device), self._device)
+            return self._lanes[number]
 
     def record_here(self) -> tuple[CudaEvent, ...]:
         """Record an event on the current stream of this thread; none where that is being captured."""
@@ -164,10 +144,7 @@ class CudaDevice:
 
     def wait_for(self, events: Iterable[Event]) -> None:
         """Hold the side stream back until `events` are done."""
-        for event in events:
-            if not isinstance(event, CudaEvent):
-                raise TypeError(f"an event of CUDA was expected, got {type(event).__name__}")
-            event.hold_back(self._side)
+        hold_back(self._side, events)
 
     @contextlib.contextmanager
     def submitting(self) -> Iterator[None]:
@@ -270,13 +247,13 @@ def _list_streams(device: torch.device) -> dict[int, torch.cuda.Stream]:
     return found
 
 
-def _record_uncaptured(stream: torch.cuda.Stream) -> CudaEvent:
+def _record_uncaptured(stream: torch.cuda.Stream, *, limit_s: float = _CAPTURE_LIMIT_S) -> CudaEvent:
     """Record an event on `stream` while it is not being captured.
 
     An event that is recorded in a capture is part of the graph, and says nothing of the work that was queued before.
     The capture may begin between the question and the record, so it is asked again.
     """
-    deadline = time.monotonic() + _CAPTURE_LIMIT_S
+    deadline = time.monotonic() + limit_s
     while True:
         yield_gil_when_due()
         if not _is_captured(stream):
@@ -285,7 +262,7 @@ def _record_uncaptured(stream: torch.cuda.Stream) -> CudaEvent:
                 return event
         if time.monotonic() > deadline:
             raise StageFailedError(
-                f"Expected the capture of a CUDA graph to end, got one that has gone on for {_CAPTURE_LIMIT_S:.0f} s.",
+                f"Expected the capture of a CUDA graph to end, got one that has gone on for {limit_s:g} s.",
                 remedy="stage outside of captures, and end those whose thread was interrupted.",
             )
         time.sleep(_CAPTURE_POLL_S)

@@ -47,6 +47,9 @@ of its pools, which can be listed at any time; a stream that is not torch's own 
 hotglm once (`hotglm.note_stream`). A raw CUDA graph that was captured over an arena holds addresses and no lease: it is
 no holder that anybody can see, and wants the policy that keeps addresses.
 
+**In place** the order is turned round: what is written is live, and what reads it are passes that have returned to the
+host with kernels still queued. weights/device_exchange.py has that argument, [Note: exchange].
+
 **After an error.** Copies that were submitted before a stage failed or was cancelled go on. They are on the side
 stream, and so is every later write to that arena (O1); their windows come back with an event each. So nothing has to be
 waited for, and ring and arena are fit for the next stage ("error", "cancelled").
@@ -54,13 +57,13 @@ waited for, and ring and arena are fit for the next stage ("error", "cancelled")
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 
-__all__ = ["DEVICE_ALIGNMENT", "Device", "Event", "Pinned"]
+__all__ = ["DEVICE_ALIGNMENT", "Device", "Event", "Pinned", "Stream"]
 
 DEVICE_ALIGNMENT = 512
 """Bytes to which every tensor in a device's arena is aligned: as torch's own allocations are.
@@ -97,6 +100,26 @@ class Pinned(Protocol):
 
     def release(self) -> None:
         """Unlock and return the memory; no copy may be reading it. May be called twice."""
+        ...
+
+
+class Stream(Protocol):
+    """A long-lived stream of ours beside the side stream, on which nothing but an exchange is submitted."""
+
+    def copy_all(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        """Submit a copy of each source to its target (O1); among themselves they are done in any order.
+
+        The pairs have one shape and dtype each and are on the device or in pinned memory of the host; no target
+        overlaps anything else.
+        """
+        ...
+
+    def record(self) -> Event:
+        """Record an event on this stream (O2)."""
+        ...
+
+    def wait_for(self, events: Iterable[Event]) -> None:
+        """Let work that is submitted to this stream from now on begin after `events` (O2); does not block."""
         ...
 
 
@@ -140,12 +163,19 @@ class Device(Protocol):
         """Record an event on the side stream (O2)."""
         ...
 
-    def record_passes(self) -> tuple[Event, ...]:
+    def record_passes(self, *, timeout_s: float | None = None) -> tuple[Event, ...]:
         """Record an event on every stream that a pass may have used (O2); blocks at most while a graph is captured.
+
+        Args:
+            timeout_s: how long it may block, in seconds; None for as long as a capture may take.
 
         Raises:
             StageFailedError: a capture does not end.
         """
+        ...
+
+    def lane(self, number: int) -> Stream:
+        """Return one of the streams for exchanges, 0 or 1; the same one each time."""
         ...
 
     def record_here(self) -> tuple[Event, ...]:

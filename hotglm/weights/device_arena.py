@@ -84,15 +84,16 @@ def _contiguous_stride(shape: Sequence[int]) -> list[int]:
 class DeviceArena:
     """One block of a device's memory, lent to one generation at a time."""
 
-    __slots__ = ("__weakref__", "_block", "_lease", "device", "nbytes")
+    __slots__ = ("__weakref__", "_block", "_lease", "device", "nbytes", "room_nbytes")
 
-    def __init__(self, nbytes: int, *, device: Device) -> None:
-        """Allocate `nbytes`, at least one.
+    def __init__(self, nbytes: int, *, device: Device, room_nbytes: int = 0) -> None:
+        """Allocate `nbytes`, at least one; `room_nbytes` at the end of them are for exchanges.
 
         Raises:
             MemoryPlanError: the device has no such memory to give.
         """
         self.nbytes = nbytes
+        self.room_nbytes = room_nbytes
         self.device = device
         self._block = device.allocate(max(nbytes, 1))
         self._lease: Callable[[], object | None] = _nobody
@@ -111,6 +112,15 @@ class DeviceArena:
     def is_free(self) -> bool:
         """Whether no tensor over this block is left anywhere in the process; work over it may still be queued."""
         return self._lease() is None
+
+    def find_offset(self, tensor: torch.Tensor) -> int | None:
+        """Return where in this block `tensor` begins, or None if it lies elsewhere."""
+        offset = tensor.data_ptr() - self.address
+        return offset if 0 <= offset < self.nbytes else None
+
+    def range(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Return `nbytes` from `offset` as a flat uint8 tensor, for whoever knows that the lease lives on."""
+        return self._block[offset : offset + nbytes]
 
     def lease(self) -> DeviceLease:
         """Lend the block; work that is submitted to the side stream from now on comes after all work of before.

@@ -29,11 +29,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]  # documented, and not in the stub
 
 from hotglm import seam
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks
 
-__all__ = ["PIECE_NBYTES", "Exchange", "Pair", "is_dense"]
+__all__ = ["PIECE_NBYTES", "Exchange", "Pair", "flatten", "is_dense"]
 
 PIECE_NBYTES = 1 << 20
 """Bytes that go at a time, by way of a buffer of this size: it stays in the cache. (Two cores, 1 GiB, one thread: 6.1
@@ -178,7 +179,7 @@ def _find_pieces(pair: Pair) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     if not is_dense(live):
         yield from _find_rows(live, image)
         return
-    sides = (_flatten(live), _flatten(image))
+    sides = (flatten(live), flatten(image))
     yield from zip(*(torch.split(side, PIECE_NBYTES) for side in sides), strict=True)
 
 
@@ -196,8 +197,10 @@ def _find_rows(live: torch.Tensor, image: torch.Tensor) -> Iterator[tuple[torch.
     yield from zip(*(torch.split(side, rows) for side in (live, image)), strict=True)
 
 
-def _flatten(tensor: torch.Tensor) -> torch.Tensor:
+def flatten(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes of a dense tensor in the order of memory, as a view that counts its versions with it."""
+    if tensor.is_inference() and not tensor.is_cpu:
+        return from_dlpack(to_dlpack(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)))  # holds the memory
     if tensor.is_inference():
         memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
         # Keeps the storage for as long as the view lives, which `from_address` does not.

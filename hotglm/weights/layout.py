@@ -7,17 +7,18 @@ Rules this module keeps:
 - Tensors that do not overlap do not share a cache line.
 - The order is the order given, so the same module gives the same layout every time.
 - Where tensors are on several devices, each device has a region of the layout, and its own block of memory behind it.
+- A region of what will be exchanged in place has room behind it, to put aside what comes out of the live tensors.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from hotglm.weights.device import Device
 
-__all__ = ["Extent", "Layout", "Region", "Span", "join_layouts", "plan_layout"]
+__all__ = ["Extent", "Layout", "Region", "Span", "find_no_room", "join_layouts", "plan_layout"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +41,21 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """A range of a layout that is on one device; None stands for the processor."""
+    """A range of a layout that is on one device; None stands for the processor.
+
+    Attributes:
+        device: whose memory it is.
+        start: its first byte in the layout.
+        nbytes: of all of it.
+        room_nbytes: of these, those at its end that nothing is laid out in.
+        pinned_for: the device for which the processor's memory is pinned.
+    """
 
     device: Device | None
     start: int
     nbytes: int
+    room_nbytes: int = 0
+    pinned_for: Device | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +119,24 @@ def plan_layout(extents: Iterable[Extent], *, alignment: int) -> Layout:
     return Layout(offsets=offsets, spans=tuple(ordered), nbytes=end)
 
 
-def join_layouts(parts: Iterable[tuple[Device | None, Layout]], *, alignment: int) -> Layout:
+def find_no_room(nbytes: int) -> int:
+    """Return 0: two arenas that take turns need no room."""
+    del nbytes
+    return 0
+
+
+def join_layouts(
+    parts: Iterable[tuple[Device | None, Layout]],
+    *,
+    alignment: int,
+    find_room: Callable[[int], int] = find_no_room,
+) -> Layout:
     """Return one layout over several devices, a region for each; every region has room for at least `alignment` bytes.
 
     Args:
         parts: the layout of each device's tensors; no two have a name or an address in common.
         alignment: the widest that they were planned with.
+        find_room: how much room a region of so many bytes on a device is to have behind it; a multiple of `alignment`.
     """
     offsets: dict[str, int] = {}
     spans: list[Span] = []
@@ -121,7 +144,9 @@ def join_layouts(parts: Iterable[tuple[Device | None, Layout]], *, alignment: in
     end = 0
     for device, part in parts:
         nbytes = max(part.nbytes, alignment)  # so that an empty tensor, too, has an offset on its own device
-        regions.append(Region(device=device, start=end, nbytes=nbytes))
+        room = 0 if device is None else find_room(nbytes)
+        nbytes += room
+        regions.append(Region(device=device, start=end, nbytes=nbytes, room_nbytes=room))
         offsets |= {name: end + offset for name, offset in part.offsets.items()}
         spans += [replace(span, offset=end + span.offset) for span in part.spans]
         end += nbytes

@@ -112,6 +112,11 @@ class SplitArena(Arena):
         self.left = {}
 
     @property
+    def blocks(self) -> tuple[DeviceArena, ...]:
+        """The blocks of devices."""
+        return tuple(block for block in self._blocks if isinstance(block, DeviceArena))
+
+    @property
     def address(self) -> int:
         """Address of the first byte of the first block."""
         return self._blocks[0].address
@@ -154,7 +159,7 @@ class SplitArena(Arena):
 def _make_block(region: Region) -> Arena | DeviceArena:
     if region.device is None:
         return Arena(region.nbytes)
-    return DeviceArena(region.nbytes, device=region.device)
+    return DeviceArena(region.nbytes, device=region.device, room_nbytes=region.room_nbytes)
 
 
 def _find_device(block: Arena | DeviceArena) -> Device | None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -21,13 +22,13 @@ import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from hotglm.errors import MemoryPlanError
+from hotglm.errors import MemoryPlanError, StageFailedError
 from hotglm.weights.device import Device, Event
 from hotglm.weights.device_arena import watch_storage
 from hotglm.weights.places import Places
 from hotglm.weights.ring import Ring
 
-__all__ = ["Choices", "FakeDevice", "FakeEvent", "FakePlaces", "Listed", "every_schedule"]
+__all__ = ["Choices", "FakeDevice", "FakeEvent", "FakeLane", "FakePlaces", "Listed", "every_schedule"]
 
 POISON = 0xFF
 """Every floating-point number made of these bytes is NaN."""
@@ -143,6 +144,8 @@ class FakeDevice:
     blocks: list[Block] = field(default_factory=list)
     pinned: list[FakePinned] = field(default_factory=list)
     num_staging: int = 0
+    lanes: dict[int, FakeLane] = field(default_factory=dict)
+    is_captured: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     # -- the protocol ------------------------------------------------------------------------------------------------
@@ -182,17 +185,26 @@ class FakeDevice:
         self.fails("record")
         return self.record_on("side")
 
-    def record_passes(self) -> tuple[Event, ...]:
+    def record_passes(self, *, timeout_s: float | None = None) -> tuple[Event, ...]:
         self.fails("record_passes")
-        return tuple(self.record_on(name) for name in self.streams if name != "side")
+        if self.is_captured and timeout_s is not None:
+            raise StageFailedError("Expected a capture to end, got one that goes on.", remedy="end it.")
+        ours = ("side", *(lane.stream for lane in self.lanes.values()))
+        return tuple(self.record_on(name) for name in self.streams if name not in ours)
 
     def record_here(self) -> tuple[Event, ...]:
         return (self.record_on("default"),)
 
     def wait_for(self, events: Iterable[Event]) -> None:
+        self.hold_back("side", events)
+
+    def hold_back(self, stream: str, events: Iterable[Event]) -> None:
         for event in events:
             assert isinstance(event, FakeEvent)
-            self.put("side", Work(after=event))
+            self.put(stream, Work(after=event))
+
+    def lane(self, number: int) -> FakeLane:
+        return self.lanes.setdefault(number, FakeLane(self, f"lane {number}"))
 
     def submitting(self) -> AbstractContextManager[object]:
         """Wait for the stream: what torch itself does is done at once here."""
@@ -285,6 +297,45 @@ class FakeDevice:
             work.run()
         if work.reaches is not None:
             work.reaches.reached = True
+
+
+@dataclass(frozen=True, slots=True)
+class FakeLane:
+    """A stream for exchanges of a fake device."""
+
+    device: FakeDevice
+    stream: str
+
+    def copy_all(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        """Queue the copies in an order of the device's own, each in pieces."""
+        self.device.fails("copy_all")
+        moves = [
+            move
+            for source, target in zip(sources, targets, strict=True)
+            for move in _find_moves(source, target, is_coarse=self.device.is_coarse)
+        ]
+        while moves:
+            self.device.submit(moves.pop(self.device.choices.choose(len(moves))), stream=self.stream)
+
+    def record(self) -> Event:
+        self.device.fails("record")
+        return self.device.record_on(self.stream)
+
+    def wait_for(self, events: Iterable[Event]) -> None:
+        self.device.hold_back(self.stream, events)
+
+
+def _find_moves(source: torch.Tensor, target: torch.Tensor, *, is_coarse: bool) -> Iterator[Callable[[], object]]:
+    """Yield moves between addresses that together copy `source` to `target`."""
+    assert (source.shape, source.dtype) == (target.shape, target.dtype)
+    if not (source.is_contiguous() and target.is_contiguous()):
+        for row, other in zip(source.unbind(), target.unbind(), strict=True):
+            yield from _find_moves(row, other, is_coarse=is_coarse)
+        return
+    half = 0 if is_coarse else source.nbytes // 2
+    for start, end in ((0, half), (half, source.nbytes)):
+        if end > start:
+            yield functools.partial(ctypes.memmove, target.data_ptr() + start, source.data_ptr() + start, end - start)
 
 
 class FakePlaces(Places):

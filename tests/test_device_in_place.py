@@ -1,0 +1,321 @@
+"""Swaps in place on devices: every wait of [Note: exchange] in weights/device_exchange.py, and every failure undone.
+
+A small program does what a commit in place does: passes on two streams, a gate that was seen empty, an exchange, passes
+again. The fake device carries the work out in any order that the protocol leaves open.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+
+from hotglm.weights import device_exchange
+from hotglm.weights.device import Event
+from hotglm.weights.device_arena import DeviceArena
+from hotglm.weights.device_exchange import DeviceExchange
+from hotglm.weights.exchange import Pair
+from hotglm.weights.exchanges import Exchanges
+from support.fake_device import Choices, FakeDevice, FakeEvent, FakeLane, every_schedule
+from support.swaps import same_bits
+
+STREAMS = ("default", "second")
+
+
+ROOM_NBYTES = 64
+"""Room behind the image in these tests, so that small tensors take several steps."""
+
+
+def values(version: int, tensor: torch.Tensor, index: int) -> torch.Tensor:
+    """Return what a tensor of a version is, other bytes in each."""
+    return torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape) + 1000.0 * version + 100.0 * index
+
+
+class Program:
+    """Swaps a few tensors in place, `num_swaps` times, between passes that are queued on several streams."""
+
+    def __init__(self, choices: Choices, *, sizes: tuple[int, ...] = (3, 0, 40, 7, 1), is_coarse: bool = False) -> None:
+        self.device = FakeDevice(name="fake:0", choices=choices, is_coarse=is_coarse)
+        self.live = [self.device.allocate(4 * size).view(torch.float32) for size in sizes]
+        self.live += [] if is_coarse else [self.device.allocate(40).view(torch.float32)[::2]]
+        starts = list(itertools.accumulate((-(-8 * live.numel() // 64) * 64 for live in self.live), initial=0))
+        nbytes = starts.pop() + (0 if is_coarse else 128)  # what stands for a buffer that is not exchanged
+        self.arena = DeviceArena(nbytes + ROOM_NBYTES, device=self.device, room_nbytes=ROOM_NBYTES)
+        lease = self.arena.lease()
+        self.image = [
+            lease.view(start, dtype=torch.float32, shape=live.shape, stride=live.stride())
+            for start, live in zip(starts, self.live, strict=True)
+        ]
+        self.seen: list[tuple[int, int, torch.Tensor]] = []
+
+    def pairs(self) -> list[Pair]:
+        return [
+            Pair(name=str(index), live=live, image=image)
+            for index, (live, image) in enumerate(zip(self.live, self.image, strict=True))
+        ]
+
+    def exchange(self) -> DeviceExchange:
+        return DeviceExchange(self.device, self.pairs(), block=self.arena)
+
+    def passes(self, version: int, streams: tuple[str, ...] = STREAMS) -> None:
+        for stream in streams:
+            for _ in range(0 if self.device.is_coarse else 40):
+                self.device.submit(lambda: None, stream=stream)  # a pass takes its time
+            for index, live in enumerate(self.live):
+                if live.is_contiguous() and live.numel():
+                    found = torch.full_like(live, torch.nan)
+                    self.seen.append((version, index, found))
+                    self.device.submit(self.device.reading(live, found), stream=stream)
+
+    def stage(self, version: int) -> None:
+        for index, image in enumerate(self.image):
+            image.copy_(values(version, image, index))  # settled, as a stage is before it is committed
+
+    def run(self, *, num_swaps: int, streams: tuple[str, ...] = STREAMS) -> bool:
+        """Return whether every pass read its own version, and every image got the one before."""
+        is_right = True
+        for index, live in enumerate(self.live):
+            live.copy_(values(0, live, index))
+        self.passes(0, streams)
+        for version in range(1, num_swaps + 1):
+            self.stage(version)
+            exchange = Exchanges(_NOTHING, [self.exchange()])
+            exchange.follow_passes(timeout_s=0.0)
+            exchange.run()
+            self.passes(version, streams)
+            exchange.settle()
+            is_right &= self.holds(self.image, version - 1)
+        self.device.finish()
+        return is_right and all(same_bits(found, values(v, found, index)) for v, index, found in self.seen)
+
+    def holds(self, tensors: list[torch.Tensor], version: int) -> bool:
+        return all(same_bits(tensor, values(version, tensor, index)) for index, tensor in enumerate(tensors))
+
+
+class _Nothing:
+    """What the processor exchanges of a module that is on a device alone."""
+
+    nbytes = buffer_nbytes = 0
+
+    def run(self) -> None:
+        pass
+
+    undo = run
+
+
+_NOTHING: Any = _Nothing()
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 40, 7, 1), (1,), (300,), (5, 5, 5, 5, 5, 5, 5)])
+def test_every_pass_reads_its_own_version(sizes: tuple[int, ...]) -> None:
+    """Whatever the device does when, passes before and after a swap read their version, and the image gets the old."""
+    assert all(Program(Choices(seed), sizes=sizes).run(num_swaps=3) for seed in range(60))
+
+
+def test_every_schedule_of_a_small_program_is_right() -> None:
+    """A swap of one tensor by way of the room, one stream: not one of all schedules there are goes wrong."""
+    results = [
+        Program(choices, sizes=(2,), is_coarse=True).run(num_swaps=1, streams=("default",))
+        for choices in itertools.islice(every_schedule(), 20_000)
+    ]
+    assert (100 < len(results) < 20_000, results.count(False)) == (True, 0)
+
+
+def forget_passes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DeviceExchange, "follow_passes", lambda exchange, timeout_s: None)
+
+
+def record_before_the_gate_is_empty(patch: pytest.MonkeyPatch) -> None:
+    """Record the events of the passes when the exchange is made, before the last of them are there."""
+    made = Program.exchange
+
+    def make(program: Program) -> DeviceExchange:
+        exchange = made(program)
+        early = program.device.record_passes()
+        patch.setattr(exchange, "follow_passes", lambda timeout_s: exchange._lane.wait_for(early))
+        program.passes(len(program.seen) and program.seen[-1][0])
+        return exchange
+
+    patch.setattr(Program, "exchange", make)
+    patch.setattr(DeviceExchange, "__slots__", (), raising=False)
+
+
+def publish_too_early(patch: pytest.MonkeyPatch) -> None:
+    submit = DeviceExchange.submit
+
+    def forget(exchange: DeviceExchange) -> Event:
+        submit(exchange)
+        return cast(FakeDevice, exchange._device).record_on("idle")
+
+    patch.setattr(DeviceExchange, "submit", forget)
+
+
+def record_too_early(patch: pytest.MonkeyPatch) -> None:
+    submit = DeviceExchange.submit
+
+    def record(exchange: DeviceExchange) -> Event:
+        event = exchange._lane.record()
+        submit(exchange)
+        return event
+
+    patch.setattr(DeviceExchange, "submit", record)
+
+
+def forget_to_settle(patch: pytest.MonkeyPatch) -> None:
+    """Bring the old bytes home without waiting until they are there."""
+    settle = DeviceExchange.settle
+
+    def hurry(exchange: DeviceExchange) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(FakeEvent, "wait", lambda event: None)
+            settle(exchange)
+
+    patch.setattr(DeviceExchange, "settle", hurry)
+
+
+def bring_home_from_the_end(patch: pytest.MonkeyPatch) -> None:
+    """Bring home in the order of the exchange, over what is still aside."""
+    settle = DeviceExchange.settle
+
+    def turn(exchange: DeviceExchange) -> None:
+        exchange._steps.reverse()
+        settle(exchange)
+
+    patch.setattr(DeviceExchange, "settle", turn)
+
+
+def copy_on_two_streams(patch: pytest.MonkeyPatch) -> None:
+    """Submit every other set of copies to another stream: the two copies of a step, and steps, are not ordered."""
+    copy, count = DeviceExchange._copy, iter(range(1 << 20))
+
+    def copy_there(exchange: DeviceExchange, copies: Any) -> None:
+        lane, exchange._lane = exchange._lane, exchange._device.lane(1) if next(count) % 2 else exchange._lane
+        copy(exchange, copies)
+        exchange._lane = lane
+
+    patch.setattr(DeviceExchange, "_copy", copy_there)
+
+
+HAZARDS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "passes": forget_passes,
+    "early events of passes": record_before_the_gate_is_empty,
+    "publish": publish_too_early,
+    "early event": record_too_early,
+    "home is not waited for": forget_to_settle,
+    "home in the wrong order": bring_home_from_the_end,
+    "copies on two streams": copy_on_two_streams,
+}
+
+
+@pytest.mark.parametrize("hazard", HAZARDS)
+def test_a_missing_wait_is_caught(hazard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait that is planted to be missing makes a pass, or the undo image, wrong in one of a few schedules."""
+    HAZARDS[hazard](monkeypatch)
+    assert not all(Program(Choices(seed)).run(num_swaps=3) for seed in range(40))
+
+
+def test_a_room_that_is_too_small_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps larger than the room behind the image would write over what has not been copied yet."""
+    monkeypatch.setattr(device_exchange, "_find_steps", _one_step)
+    assert not Program(Choices(0)).run(num_swaps=2)
+
+
+def _one_step(pairs: Any, block: DeviceArena) -> Iterator[Any]:
+    parts = sorted(device_exchange._find_parts(pairs, block), key=lambda part: part.start, reverse=True)
+    yield device_exchange._step_inside(parts, block)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+class Failing:
+    """Fails at the nth call of the device, before it or after half of it."""
+
+    def __init__(self, nth: int, *, is_half: bool) -> None:
+        self.left = nth
+        self.is_half = is_half
+
+    def copy_all(self, lane: FakeLane, sources: Any, targets: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            if self.is_half:
+                COPY(lane, sources[: len(sources) // 2 + 1], targets[: len(sources) // 2 + 1])
+            raise MemoryError("planted")
+        COPY(lane, sources, targets)
+
+
+COPY = FakeLane.copy_all
+
+
+@pytest.mark.parametrize("is_half", [False, True], ids=["before a copy", "in the middle of it"])
+def test_a_failure_at_every_copy_is_undone(monkeypatch: pytest.MonkeyPatch, *, is_half: bool) -> None:
+    """Both sides hold what they held, once `undo` has returned, wherever it failed, and later passes read that."""
+    num_copies = sum(bool(copies[0]) for step in Program(Choices(0)).exchange()._steps for copies in step.there)
+    assert num_copies > 8
+    for nth in range(1, num_copies + 1):
+        program = start(Choices(nth))
+        exchange = program.exchange()
+        exchange.follow_passes(timeout_s=0.0)
+        with monkeypatch.context() as patch:
+            failing = Failing(nth, is_half=is_half)
+            patch.setattr(FakeLane, "copy_all", lambda *args, failing=failing: failing.copy_all(*args))
+            with pytest.raises(MemoryError, match="planted"):
+                exchange.submit()
+        exchange.undo()
+        assert (program.holds(program.live, 0), program.holds(program.image, 1)) == (True, True), nth
+        program.passes(0)
+        assert program.run(num_swaps=1)
+
+
+def start(choices: Choices) -> Program:
+    """Return a program whose live tensors are of version 0, its image of version 1, with passes queued."""
+    program = Program(choices)
+    for index, live in enumerate(program.live):
+        live.copy_(values(0, live, index))
+    program.passes(0)
+    program.stage(1)
+    return program
+
+
+@pytest.mark.parametrize("nth", range(1, 9))
+def test_an_undo_that_fails_goes_on_where_it_failed(monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """A second `undo` ends what the first has begun; so it is with `settle`."""
+    program = start(Choices(nth))
+    exchange = program.exchange()
+    exchange.follow_passes(timeout_s=0.0)
+    exchange.submit()
+    for way in (exchange.undo, exchange.settle):
+        if way == exchange.settle:
+            exchange.submit().wait()
+        with monkeypatch.context() as patch:
+            failing = Failing(nth, is_half=True)
+            patch.setattr(FakeLane, "copy_all", lambda *args, failing=failing: failing.copy_all(*args))
+            with pytest.raises(MemoryError, match="planted"):
+                way()
+        way()
+        versions = (0, 1) if way == exchange.undo else (1, 0)
+        assert [program.holds(program.live, versions[0]), program.holds(program.image, versions[1])] == [True, True]
+
+
+def test_an_undo_that_is_not_ordered_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies back on another stream may come before the copies that they take back."""
+    undo = DeviceExchange.undo
+
+    def turn(exchange: DeviceExchange) -> None:
+        exchange._lane = exchange._device.lane(1)
+        undo(exchange)
+
+    monkeypatch.setattr(DeviceExchange, "undo", turn)
+    results = []
+    for seed in range(20):
+        program = start(Choices(seed))
+        exchange = program.exchange()
+        exchange.follow_passes(timeout_s=0.0)
+        exchange.submit()
+        exchange.undo()
+        program.device.finish()
+        results.append(program.holds(program.live, 0) and program.holds(program.image, 1))
+    assert not all(results)
