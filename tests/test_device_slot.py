@@ -26,12 +26,13 @@ from hotglm.errors import (
     SourceChangedError,
 )
 from hotglm.seam import Seam
-from hotglm.weights import device_arena, places, upload
+from hotglm.weights import device_arena, places
 from hotglm.weights.arena import Arena
 from hotglm.weights.budget import Budget
 from hotglm.weights.plan import IOV_MAX, Piece
 from hotglm.weights.ring import GAP_NBYTES
 from hotglm.weights.split_arena import SplitLease
+from hotglm.weights.windows import place_pieces
 from support.fake_device import Choices, FakeDevice, FakePlaces
 
 CHUNK = 256
@@ -498,7 +499,7 @@ def test_pieces_in_a_window_land_where_they_belong(gaps: list[tuple[int, int]], 
         pieces.append(Piece(arena_offset=at, nbytes=nbytes))
         at += nbytes
     random.shuffle(pieces)
-    placed = list(upload.place_pieces(pieces))
+    placed = list(place_pieces(pieces))
     assert [piece for run in placed for _, piece in run.pieces] == pieces
     window: list[tuple[int, int] | None] = [None] * (sum(p.nbytes for p in pieces) + GAP_NBYTES * len(pieces))
     for run in placed:

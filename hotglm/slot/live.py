@@ -19,9 +19,11 @@ from hotglm.delta_plan import TensorIdentity
 from hotglm.model.inspection import find_state
 from hotglm.slot.generation import Generation
 from hotglm.weights import places
+from hotglm.weights.device_seals import seal_on_device
 from hotglm.weights.dtypes import dtype_name
 from hotglm.weights.seals import Seal, seal_tensor
 from hotglm.weights.supply import Kept
+from hotglm.weights.workers import Cancellation
 
 __all__ = ["find_kept", "identify", "plan_sealing"]
 
@@ -47,7 +49,7 @@ def identify(kept: Mapping[str, Kept]) -> dict[str, TensorIdentity]:
 
 
 def plan_sealing(
-    live: Generation, names: Iterable[str], *, count_writes: Callable[[], int] = lambda: 0
+    live: Generation, names: Iterable[str], *, count_writes: Callable[[], int], cancellation: Cancellation
 ) -> list[Callable[[], None]]:
     """Return tasks that hash those live tensors among `names` whose digests nobody has taken yet, each once.
 
@@ -59,18 +61,25 @@ def plan_sealing(
         names: of tensors.
         count_writes: grows when live weights are begun to be written in place, to an odd number, and when that ends.
             Digest and fingerprint of a tensor that was written in between would not be of the same bytes.
+        cancellation: of the stage.
     """
     wanted, seals = set(names), _find_seals(live)
     tensors = {
         _first(live, entry.name): entry.tensor.detach()
         for entry in find_state(live.module)
         if entry.persistent and entry.name in wanted and _first(live, entry.name) not in seals
-        if places.active.find(entry.tensor) is None
     }
+    devices = {first: places.active.find(tensor) for first, tensor in tensors.items()}
+    for device in {device.name: device for device in devices.values() if device is not None}.values():
+        with device.staging():  # what came with the module was published by nobody, and may still be computed
+            device.wait_for(device.record_passes())
 
     def seal(first: str) -> None:
-        before = count_writes()
-        found = seal_tensor(tensors[first], digest=None, is_finite=False)
+        before, tensor, device = count_writes(), tensors[first], devices[first]
+        if device is None:
+            found = seal_tensor(tensor, digest=None, is_finite=False)
+        else:
+            found = seal_on_device(tensor, device, cancellation=cancellation)
         if before % 2 == 0 and count_writes() == before:
             live.seals[first] = found
 

@@ -23,7 +23,6 @@ from hotglm.slot.receipt import Origins
 from hotglm.slot.source import Offer
 from hotglm.slot.spare import TakenSpare
 from hotglm.slot.supplying import open_supply
-from hotglm.weights import places
 from hotglm.weights.arena import Lease
 from hotglm.weights.budget import UNLIMITED, Budget
 from hotglm.weights.loader import load_supply, load_tensors
@@ -86,8 +85,7 @@ class Loading:
         if self._policy.reuse and offer.migration is None:
             if offer.files is None and offer.release is not None:
                 self._seal_live(offer.release.manifest.tensors)
-            found = find_kept(self._live, code)
-            kept = {name: one for name, one in found.items() if places.active.find(one.tensor) is None}
+            kept = find_kept(self._live, code)
         self._supply = open_supply(offer, kept, digests=self._digests, stack=stack)
 
     def run(
@@ -169,7 +167,7 @@ class Loading:
 
     def _seal_live(self, names: Iterable[str]) -> None:
         run_tasks(
-            plan_sealing(self._live, names, count_writes=self._count_writes),
+            plan_sealing(self._live, names, count_writes=self._count_writes, cancellation=self._cancellation),
             num_threads=self._num_threads,
             nice=self._policy.nice,
             cancellation=self._cancellation,

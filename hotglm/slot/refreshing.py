@@ -8,7 +8,7 @@ Rules this module keeps:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -18,9 +18,11 @@ from hotglm.model.derived import find_refreshers, run_refreshers
 from hotglm.model.twin import Twin, settle_in_place
 from hotglm.problem import describe_exception
 from hotglm.weights import places
-from hotglm.weights.digest import digest_tensor
+from hotglm.weights.device_seals import take_fingerprints
+from hotglm.weights.download import digest_in_place
 from hotglm.weights.proof import Loaded
 from hotglm.weights.seals import seal_tensor
+from hotglm.weights.workers import Cancellation
 
 __all__ = ["refresh_derived"]
 
@@ -34,20 +36,31 @@ def refresh_derived(twin: Twin, loaded: Loaded, *, refresh: Callable[[nn.Module]
     module = twin.module
     if refresh is None and all(next(find_refreshers(part), None) is None for part in module.modules()):
         return ()
-    before = {name: _look(twin.views[name]) for name in loaded.digests}
+    views = {name: twin.views[name] for name in loaded.digests}
+    before = _look(views)
     ran = (*run_refreshers(module), *_run(refresh, module))
     settle_in_place(twin)
-    written = [name for name, found in before.items() if _look(twin.views[name]) != found]
-    loaded.digests |= {name: digest_tensor(twin.views[name]) for name in written}
+    after = _look(views)
+    written = [name for name in views if after[name] != before[name]]
+    loaded.digests |= {name: digest_in_place(views[name], cancellation=Cancellation()) for name in written}
     return ran
 
 
-def _look(view: torch.Tensor) -> tuple[object, ...]:
-    """Return what is another after a write: torch's counter and, where memory is quick to read, a fingerprint."""
-    if places.active.find(view) is not None:
-        return (view._version,)
-    seal = seal_tensor(view, digest="", is_finite=False)
-    return (view._version, seal.digest, seal.fingerprint)
+def _look(views: Mapping[str, torch.Tensor]) -> dict[str, tuple[object, ...]]:
+    """Return, for each view, what is another after a write: torch's counter, and a fingerprint."""
+    devices = {name: places.active.find(view) for name, view in views.items()}
+    found: dict[str, tuple[object, ...]] = {}
+    for name, view in views.items():
+        if devices[name] is None:
+            seal = seal_tensor(view, digest="", is_finite=False)
+            found[name] = (view._version, seal.digest, seal.fingerprint)
+    for device in {device.name: device for device in devices.values() if device is not None}.values():
+        mine = [name for name, other in devices.items() if other is device]
+        with device.staging():
+            device.wait_for(device.record_here())  # behind the refresh, which ran on this thread's stream
+        fingerprints = take_fingerprints([views[name] for name in mine], device)
+        found |= {name: (views[name]._version, one) for name, one in zip(mine, fingerprints, strict=True)}
+    return found
 
 
 def _run(refresh: Callable[[nn.Module], object] | None, module: nn.Module) -> tuple[str, ...]:

@@ -329,13 +329,15 @@ class ModuleSlot(ModuleFacade):
 
         Args:
             quick: compare fingerprints, at the speed of memory, where they were taken with the digests (by a full
-                `verify_live`, or a stage that reused live tensors); they find whatever memory does by itself, and not
-                who means to deceive.
+                `verify_live`, a stage that reused live tensors, or any on a device); they find whatever memory does by
+                itself, and not who means to deceive.
             num_threads: threads that read; None means one core is left, of at most four.
             progress: called in this thread after each tensor.
 
         Raises:
             LiveMismatchError: tensors differ; all are named. Live weights are left as they are.
+            MemoryPlanError: weights are on a device, and there is no pinned memory to fetch them to.
+            StageFailedError: a device fails.
             ThreadStartError: as it says.
         """
         return verify_live(self._core, quick=quick, num_threads=num_threads, progress=progress)

@@ -19,10 +19,11 @@ from hotglm.weights import places
 from hotglm.weights.device import Device
 from hotglm.weights.digest import digest_tensor, format_digest, tensor_bytes, view_buffer
 from hotglm.weights.pace import limit_piece, rest
+from hotglm.weights.seals import Seal
 from hotglm.weights.workers import Cancellation
 from hotglm.weights.yielding import Work
 
-__all__ = ["digest_in_place", "digest_on_device", "fetch_into"]
+__all__ = ["digest_in_place", "digest_on_device", "fetch_into", "fetch_sealed"]
 
 
 def digest_in_place(tensor: torch.Tensor, *, cancellation: Cancellation) -> str:
@@ -65,6 +66,25 @@ def fetch_into(view: torch.Tensor, tensor: torch.Tensor, device: Device, *, canc
 
     _fetch(tensor, device, take, cancellation=cancellation)
     return format_digest(running.hexdigest())
+
+
+def fetch_sealed(
+    view: torch.Tensor, tensor: torch.Tensor, seal: Seal, device: Device, *, cancellation: Cancellation
+) -> Seal | None:
+    """Copy a tensor on `device` that is to have the digest of `seal` to the host; return the seal of the copy.
+
+    None, and worthless values in `view`, where it has another digest.
+
+    Raises:
+        MemoryPlanError: there is no pinned memory to be had.
+        StageFailedError: the device has failed under every window of the ring.
+    """
+    into = view if view.is_contiguous() else torch.empty(view.shape, dtype=view.dtype)
+    if fetch_into(into, tensor, device, cancellation=cancellation) != seal.digest:
+        return None
+    if into is not view:
+        view.copy_(into)
+    return Seal(digest=seal.digest, is_finite=seal.is_finite)
 
 
 def _fetch(

@@ -22,9 +22,11 @@ import torch
 
 from hotglm.errors import DeltaError, DigestMismatchError, TensorValueError
 from hotglm.release.files import TensorLocation, WeightFiles
+from hotglm.weights import places
 from hotglm.weights.arena import Lease
 from hotglm.weights.bundles import bundle_names, copy_in_pieces, count_nbytes, make_turn, read_bundle, read_into
 from hotglm.weights.delta_codec import decode_into
+from hotglm.weights.download import fetch_sealed
 from hotglm.weights.pace import rest
 from hotglm.weights.plan import Read, Transfer, plan_reads
 from hotglm.weights.proof import (
@@ -264,8 +266,12 @@ class _SupplyJob:
     def _copy(self, name: str, kept: Kept, *, into: torch.Tensor | None) -> bool:
         """Copy a tensor from memory, into its target or to be made another; return whether it was what it should be."""
         view = self._targets[name].view if into is None else into
-        self._options.budget.take(view.nbytes, cancellation=self._options.cancellation)
-        seal = copy_sealed(view, kept.tensor, kept.seal, pause=self._pause)
+        device, cancellation = places.active.find(kept.tensor), self._options.cancellation
+        self._options.budget.take(view.nbytes, cancellation=cancellation)
+        if device is None:
+            seal = copy_sealed(view, kept.tensor, kept.seal, pause=self._pause)
+        else:
+            seal = fetch_sealed(view, kept.tensor, kept.seal, device, cancellation=cancellation)
         if seal is None:
             self.loaded.drifted.append(name)
             return False

@@ -26,7 +26,8 @@ from hotglm.errors import (
 )
 from hotglm.weights import places
 from hotglm.weights.budget import UNLIMITED, Budget, Unlimited
-from hotglm.weights.digest import digest_tensor, tensor_bytes
+from hotglm.weights.digest import tensor_bytes
+from hotglm.weights.download import digest_in_place
 from hotglm.weights.finite import find_nonfinite
 from hotglm.weights.pace import AT_WILL, AtWill, Pace
 from hotglm.weights.seals import Seal
@@ -216,11 +217,13 @@ def prove_tensor(
     """
     expected = options.expected.get(name)
     if digest is None and (options.digest or expected is not None):
-        digest = digest_tensor(target.view)
+        digest = digest_in_place(target.view, cancellation=options.cancellation)
     if digest is not None:
         loaded.digests[name] = digest
     if expected is not None and source is not None and source.dtype is not target.view.dtype:
-        digest = digest_tensor(source)  # what was promised is what was offered, not what it was converted to
+        digest = digest_in_place(
+            source, cancellation=options.cancellation
+        )  # what was promised is what was offered, not what it was converted to
     if expected is not None and digest != expected:
         loaded.problems.append(
             (

@@ -27,7 +27,7 @@ class Kept:
     """A tensor that is in memory already, and may still be what is wanted.
 
     Attributes:
-        tensor: on the CPU; somebody else's, and not written by us.
+        tensor: on the processor or a device; somebody else's, and not written by us.
         seal: what is known of its bytes; the digest is the one that is wanted.
     """
 

@@ -2,6 +2,7 @@
 
 Rules this module keeps:
 
+- **Within the device**: a tensor that is live there with the bytes that are promised (weights/handover.py).
 - **Through the ring**: a tensor of a file whose bytes are those of its view, and that no other name shares. A reader
   thread reads it into a window, submits the copy, and hashes the window while the copy engine drains it. There is no
   second pass over the bytes on the host, and no copy of the weights in it.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -33,15 +34,17 @@ from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.bundles import count_nbytes, cut_pairs
 from hotglm.weights.device_arena import DeviceLease
 from hotglm.weights.digest import format_digest
+from hotglm.weights.handover import find_handed, hand_over, refill_drifted, seal_loaded, without_unproved
 from hotglm.weights.pace import is_yielding, rest
-from hotglm.weights.plan import Piece, Read, Transfer, plan_reads
+from hotglm.weights.plan import Read, Transfer, plan_reads
 from hotglm.weights.proof import Loaded, LoadOptions, Target, prove_tensor, run_load
-from hotglm.weights.ring import GAP_NBYTES, Ring
+from hotglm.weights.ring import Ring
 from hotglm.weights.split_arena import SplitLease
 from hotglm.weights.supply import SourceTensor, Supply
+from hotglm.weights.windows import place_pieces
 from hotglm.weights.yielding import Work
 
-__all__ = ["Given", "Placed", "load_split", "place_pieces"]
+__all__ = ["Given", "load_split"]
 
 Given = Supply | Mapping[str, torch.Tensor]
 """What a load takes its bytes from."""
@@ -79,6 +82,8 @@ def load_split(
             source, targets, lease=lease, options=options, wanted=list(names), load=load, is_plain=is_plain
         )
         lease.settle()
+    if isinstance(source, Supply):
+        source.verify_unchanged()
     return loaded
 
 
@@ -92,14 +97,20 @@ def _load_all(
     load: Load,
     is_plain: bool,
 ) -> Loaded:
+    loaded = Loaded()
+    if is_plain and isinstance(source, Supply):
+        loaded = hand_over(source, find_handed(source, targets, lease, wanted), targets, lease=lease, options=options)
+        source = without_unproved(refill_drifted(source, loaded.drifted), loaded.seals.keys())
+    handed = set(loaded.seals)
+    wanted = [name for name in wanted if name not in handed]
     direct = _find_direct(source, targets, lease, wanted) if is_plain else []
-    loaded = _load_direct(source, direct, targets, lease=lease, options=options)
-    known = set(direct)
+    loaded = _join(loaded, _load_direct(source, direct, targets, lease=lease, options=options))
+    known = handed.union(direct)
     rest = [name for name in wanted if name not in known]
     if rest:
         left = _without(source, known)
-        more = _load_image(left, rest, targets, lease=lease, options=options, load=load)
-        loaded = _join(loaded, more)
+        loaded = _join(loaded, _load_image(left, rest, targets, lease=lease, options=options, load=load))
+    seal_loaded(loaded, targets, lease=lease, options=options, handed=handed)
     return loaded
 
 
@@ -128,6 +139,7 @@ def _without(source: Given, left_out: AbstractSet[str]) -> Given:
 
 def _join(one: Loaded, other: Loaded) -> Loaded:
     one.digests |= other.digests
+    one.seals |= other.seals
     one.add(
         nbytes=other.nbytes,
         read_nbytes=other.read_nbytes,
@@ -155,13 +167,17 @@ def _load_direct(
         label, digests = "the mapping", {}
         _copy_all(source, names, targets, lease=lease, options=options, loaded=loaded)
     lease.settle()
-    with lease.submitting():
-        for name in names:
-            options.cancellation.raise_if_cancelled()
-            given = None if isinstance(source, Supply) else source[name]
+
+    def prove(name: str) -> None:
+        given = None if isinstance(source, Supply) else source[name]
+        with lease.submitting():
             prove_tensor(name, targets[name], digest=digests.get(name), loaded=loaded, options=options, source=given)
-            view = targets[name].view
-            loaded.add(nbytes=view.nbytes, read_nbytes=view.nbytes if given is None else 0)
+        view = targets[name].view
+        loaded.add(nbytes=view.nbytes, read_nbytes=view.nbytes if given is None else 0)
+
+    # Bytes that are not hashed yet are fetched to be, by several threads; what is left to do else is the device's.
+    nbytes = sum(targets[name].view.nbytes for name in names if name not in digests) if options.digest else 0
+    run_load([functools.partial(prove, name) for name in names], options, nbytes=nbytes)
     if isinstance(source, Supply):
         source.verify_unchanged()
     loaded.raise_if_any(label)
@@ -276,63 +292,6 @@ def _wait_if_yielding(ring: Ring) -> None:
     """Leave the copy engine alone until the next piece, and have the time that it took for this one told from it."""
     if is_yielding():
         ring.device.record().wait()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
-    """A run of pieces that lie in a window as they lie in the arena, and are copied there as one.
-
-    Attributes:
-        start: where it begins in the window.
-        arena_offset: where it goes.
-        nbytes: of all of it, with the padding between its pieces.
-        pieces: where each begins in the window, and itself.
-    """
-
-    start: int
-    arena_offset: int
-    nbytes: int
-    pieces: tuple[tuple[int, Piece], ...]
-
-
-def place_pieces(pieces: Iterable[Piece]) -> Iterator[Placed]:
-    """Lay the pieces of a read out in a window, in order, so that few copies bring them to the arena.
-
-    Pieces with less than `GAP_NBYTES` between them in the arena are copied together: whatever lies between two tensors
-    of a device takes as much, so what is less is padding, and belongs to nobody.
-    """
-    start = 0
-    run: list[tuple[int, Piece]] = []
-    for piece in pieces:
-        if run and not 0 <= piece.arena_offset - _end(run) < GAP_NBYTES:
-            yield _make_run(run)
-            start, run = _align(_window_end(run)), []
-        at = run[0][0] + piece.arena_offset - run[0][1].arena_offset if run else start
-        run.append((at, piece))
-    if run:
-        yield _make_run(run)
-
-
-def _end(run: list[tuple[int, Piece]]) -> int:
-    return run[-1][1].arena_offset + run[-1][1].nbytes
-
-
-def _window_end(run: list[tuple[int, Piece]]) -> int:
-    return run[-1][0] + run[-1][1].nbytes
-
-
-def _align(offset: int) -> int:
-    return -(-offset // GAP_NBYTES) * GAP_NBYTES
-
-
-def _make_run(run: list[tuple[int, Piece]]) -> Placed:
-    first = run[0]
-    return Placed(
-        start=first[0],
-        arena_offset=first[1].arena_offset,
-        nbytes=_end(run) - first[1].arena_offset,
-        pieces=tuple(run),
-    )
 
 
 # -- by way of the host ------------------------------------------------------------------------------------------------
