@@ -29,6 +29,7 @@ from hotglm.errors import (
     MemoryPlanError,
     NonFiniteError,
     NotMaterializedError,
+    ReentrantError,
     StageFailedError,
     SupersededError,
     UncopyableError,
@@ -195,6 +196,36 @@ def test_what_was_added_to_the_live_module_stays() -> None:
     slot.update(make_plain(2).state_dict(), version="1.0.1")
     assert same_bits(slot(X), KINDS["wrappers"].make(2)(X))
     assert ran == [1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_number_that_passes_change_goes_on(policy: str) -> None:
+    """What the constructor gave it and quantize left alone has nothing to do with weights; the live value stays."""
+
+    class Counting(nn.Sequential):
+        num_passes = 0
+
+        def __init__(self, *layers: nn.Module) -> None:
+            super().__init__(*layers)
+            self.num_passes = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.num_passes += 1
+            found: torch.Tensor = self[2](self[1](self[0](x)))
+            return found
+
+    def build(seed: int = 0) -> Any:
+        return Counting(*make_plain(seed))
+
+    live = build(1)
+    quantise_layers(live)
+    requantize = hotglm.Requantize(build=build, quantize=quantise_layers)
+    slot = hotglm.ModuleSlot(live, name="model", version="1.0.0", requantize=requantize, swap=POLICIES[policy]())
+    slot(X)
+    live_of(slot).label = "canary"
+    slot.update(make_plain(2).state_dict(), version="1.0.1")
+    assert same_bits(slot(X), KINDS["wrappers"].make(2)(X))
+    assert (slot.num_passes, slot.label) == (2, "canary")
 
 
 def test_what_is_quantised_already_is_taken_as_it_is() -> None:
@@ -417,12 +448,22 @@ def _raise(_: Any) -> None:
     raise ValueError("no calibration data")
 
 
+def _exhaust(_: Any) -> None:
+    torch.empty(1 << 60)
+
+
+def _update(slots: list[hotglm.ModuleSlot]) -> Callable[[Any], Any]:
+    return lambda _: slots[0].update(make_plain(3).state_dict(), version="1.0.2")
+
+
 def _return_live(slots: list[hotglm.ModuleSlot]) -> Callable[[Any], Any]:
     return lambda _: slots[0].live.module
 
 
 WRONG: dict[str, tuple[Callable[[list[hotglm.ModuleSlot]], Callable[[Any], Any]], type[HotglmError], str, str]] = {
     "raises": (lambda _: _raise, StageFailedError, "QUANTIZE_FAILED", "no calibration data"),
+    "has no memory": (lambda _: _exhaust, MemoryPlanError, "MEMORY", "can't allocate memory"),
+    "updates the slot": (_update, ReentrantError, "REENTRANT", "from inside it"),
     "returns a number": (lambda _: lambda model: 3, DefinitionError, "BAD_DEFINITION", "got 'int'"),
     "does nothing": (
         lambda _: lambda model: None,

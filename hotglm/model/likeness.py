@@ -1,7 +1,11 @@
 """Whether two modules are the same but for the values of their parameters and persistent buffers.
 
-Rules this module keeps: only what is seen to be the same is taken for the same. Packed weights, numbers that were
-computed from weights, functions that have captured something, and whatever else cannot be compared, differ.
+Rules this module keeps:
+
+- Only what is seen to be the same is taken for the same. Packed weights, numbers that were computed from weights,
+  functions that have captured something, and whatever else cannot be compared, differ.
+- A plain value that is what the constructor gave it has nothing to do with weights, whatever passes have made of it in
+  the live module (a counter): that goes on, as in a swap of weights alone. So does one that only the live module has.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import torch
 from torch import nn
 
 from hotglm.model.compiled import COMPILED_CALL
-from hotglm.model.references import describes_quantised
+from hotglm.model.references import describes_quantised, is_inert
 from hotglm.model.wrappers import is_wrapper
 from hotglm.weights.digest import tensor_bytes
 
@@ -23,20 +27,22 @@ _OWN_NAMES = frozenset(vars(nn.Module())) | {COMPILED_CALL, "_is_torch_compile"}
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
-def find_unlike(live: nn.Module, made: nn.Module) -> Iterator[str]:
+def find_unlike(live: nn.Module, made: nn.Module, *, built: nn.Module) -> Iterator[str]:
     """Yield the names of what `made` has otherwise than `live`, beside weights; hooks of `live` alone are none of it.
 
     Args:
         live: the module that serves; hooks and compiled code may have been added to it since it was made.
         made: the module that is to take its place, of the same contract.
+        built: what `made` was made from, before it had any weights.
     """
-    return _Comparison(live, made).find()
+    return _Comparison(live, made, built).find()
 
 
 class _Comparison:
-    """Two modules, and which parts of them have the same place."""
+    """Modules, and which parts of them have the same place."""
 
-    def __init__(self, live: nn.Module, made: nn.Module) -> None:
+    def __init__(self, live: nn.Module, made: nn.Module, built: nn.Module) -> None:
+        self._built = dict(built.named_modules())
         self._live = dict(live.named_modules())
         self._made = dict(made.named_modules())
         self._root = type(live).__name__
@@ -49,17 +55,20 @@ class _Comparison:
             if one is None or other is None or type(one) is not type(other):
                 yield path or self._root
             else:
-                yield from (f"{path}.{name}" if path else name for name in self._find_in(one, other))
+                names = (*_find_in_state(one, other), *self._find_in_attributes(path, one, other))
+                yield from (f"{path}.{name}" if path else name for name in names)
 
-    def _find_in(self, one: nn.Module, other: nn.Module) -> Iterator[str]:
-        yield from (name for name in _HOOKS if vars(other)[name])
-        yield from (name for name in ("_parameters", "_buffers") if vars(one)[name].keys() != vars(other)[name].keys())
-        for name in sorted(one._non_persistent_buffers_set | other._non_persistent_buffers_set):
-            if not self._is_same(one._buffers.get(name), other._buffers.get(name)):
-                yield name
+    def _find_in_attributes(self, path: str, one: nn.Module, other: nn.Module) -> Iterator[str]:
         ours, theirs = _find_attributes(one), _find_attributes(other)
+        first = self._built.get(path)
+        before = _find_attributes(first) if type(first) is type(other) else {}
         for name in {**ours, **theirs}:
-            if name not in ours or name not in theirs or not self._is_same(ours[name], theirs[name]):
+            if name not in theirs:
+                goes_on = is_inert(ours[name])  # a pass or its owner has put it there, and no weights
+            else:
+                is_same = name in ours and self._is_same(ours[name], theirs[name])
+                goes_on = is_same or (name in ours and _is_untouched(before.get(name), theirs[name]))
+            if not goes_on:
                 yield name
 
     def _is_same(self, one: object, other: object) -> bool:
@@ -79,6 +88,22 @@ class _Comparison:
         if isinstance(one, dict) and isinstance(other, dict):
             return list(one) == list(other) and all(self._is_same(value, other[key]) for key, value in one.items())
         return _is_equal(one, other)
+
+
+def _find_in_state(one: nn.Module, other: nn.Module) -> Iterator[str]:
+    yield from (name for name in _HOOKS if vars(other)[name])
+    yield from (name for name in ("_parameters", "_buffers") if vars(one)[name].keys() != vars(other)[name].keys())
+    for name in sorted(one._non_persistent_buffers_set | other._non_persistent_buffers_set):
+        if not _is_same_buffer(one._buffers.get(name), other._buffers.get(name)):
+            yield name
+
+
+def _is_same_buffer(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and _has_same_bytes(one, other))
+
+
+def _is_untouched(before: object, after: object) -> bool:
+    return type(before) is type(after) and is_inert(after) and repr(before) == repr(after)
 
 
 def _find_attributes(module: nn.Module) -> dict[str, object]:

@@ -54,6 +54,7 @@ from hotglm.slot.staged import StageRecord
 from hotglm.slot.targets import find_targets
 from hotglm.weights import places
 from hotglm.weights.arena import Arena
+from hotglm.weights.exhaustion import is_out_of_memory
 from hotglm.weights.layout import Layout
 from hotglm.weights.pace import AtWill, Pace
 from hotglm.weights.split_arena import SplitArena
@@ -245,6 +246,8 @@ class _Work:
         except HotglmError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise  # which time may heal
             raise StageFailedError(
                 f"Expected {label} to quantise the plain model, got {describe_exception(error)}.",
                 problems=[Problem(code="QUANTIZE_FAILED", message=f"{label} raised {describe_exception(error)}")],
@@ -274,7 +277,7 @@ class _Work:
         if code.is_new:  # what becomes of another class or config need not be like what is live
             return own
         verify_quantized(made, own.contract, live=live)
-        unlike = list(find_unlike(live.module, made))
+        unlike = list(find_unlike(live.module, made, built=code.module))
         if self._request.owner.is_in_place:
             verify_same_but_tensors(unlike)
         if unlike:

@@ -24,8 +24,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import torch
-
 from hotglm.errors import (
     HotglmError,
     MemoryPlanError,
@@ -41,6 +39,7 @@ from hotglm.slot.spare import Spares
 from hotglm.slot.stage_request import StageRequest
 from hotglm.slot.staged import Staged, StageRecord
 from hotglm.slot.staging import stage_version
+from hotglm.weights.exhaustion import is_out_of_memory
 from hotglm.weights.workers import Cancellation, find_owner, start_thread
 
 __all__ = ["Stager", "clear_frames"]
@@ -204,9 +203,7 @@ def _as_typed(failure: BaseException) -> BaseException:
         return failure
     text = describe_exception(failure)
     typed: HotglmError
-    if isinstance(failure, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in describe_exception(
-        failure, limit=10_000
-    ):
+    if is_out_of_memory(failure):
         typed = MemoryPlanError(f"Expected memory for the stage, got {text}.", remedy="free memory and stage again.")
     else:
         typed = StageFailedError(
