@@ -99,7 +99,7 @@ def state(value: float) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["attribute", "container", "object", "function", "graphed callable"])
 def test_a_graph_is_refused_by_name_where_addresses_take_turns(kind: str) -> None:
-    """However it hangs on a part, the slot is not made; the text names the attribute and the way out."""
+    """However it hangs on a part, the slot is not made; the text names the attribute and both ways out."""
     part = nn.Linear(WIDTH, WIDTH)
     graph = make_graph()
     makers: dict[str, Callable[[], object]] = {
@@ -115,6 +115,7 @@ def test_a_graph_is_refused_by_name_where_addresses_take_turns(kind: str) -> Non
     assert caught.value.code == "CANNOT_SWAP_CAPTURED"
     name = "0.forward" if kind == "graphed callable" else "0.graph"
     assert name in str(caught.value)
+    assert "hotglm.integrations.cuda_graphs" in str(caught.value)
     assert "InPlace" in str(caught.value)
 
 

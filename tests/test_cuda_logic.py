@@ -116,7 +116,7 @@ def test_an_event_is_never_part_of_a_capture(monkeypatch: pytest.MonkeyPatch, an
 
     monkeypatch.setattr(cuda, "_is_captured", lambda stream: next(asked))
     monkeypatch.setattr(cuda, "CudaEvent", record)
-    event: object = cuda._record_uncaptured(SimpleNamespace())  # type: ignore[arg-type]
+    event: object = cuda.record_uncaptured(SimpleNamespace())  # type: ignore[arg-type]
     assert event == f"event {len(made)}"
     assert (next(asked, None), len(made)) == (None, 1 + (answers[:2] == [False, True]))
 

@@ -4,7 +4,8 @@ A graph is a list of kernels with the addresses they were captured with. Whoever
 addresses, whatever module holds it. Rules this module keeps:
 
 - Where addresses take turns, a graph that a module carries is refused by the attribute that leads to it, and so is
-  code that has torch record such graphs by itself (`[Note: graph trees]`).
+  code that has torch record such graphs by itself (`[Note: graph trees]`). Those that hotglm captures
+  (`model/graphed.py`) are bound to their memory, and are not meant.
 - Where addresses stay, the live module keeps its graphs, and its twin gets none: a twin that replayed one would run the
   live weights, into the live module's own buffers, beside a pass that does the same.
 
@@ -39,7 +40,11 @@ __all__ = ["AbsentGraph", "find_captures", "leave_graph_trees", "stays_behind", 
 
 _CODE = "CANNOT_SWAP_CAPTURED"
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules", COMPILED_CALL})
-_REMEDY = "swap in place, where addresses never change: swap=hotglm.InPlace(); or leave the graphs out."
+_REMEDY = (
+    "let hotglm capture passes while a version is staged: hotglm.integrations.cuda_graphs.graphed(module, inputs), "
+    'with torch.compile(mode="default") or "max-autotune-no-cudagraphs" if at all; or swap in place, where addresses '
+    "never change: swap=hotglm.InPlace()."
+)
 
 
 class AbsentGraph:
@@ -74,7 +79,8 @@ class AbsentGraph:
         raise UnswappableError(
             f"Expected no replay of {shorten_repr(self._where)} in a staged twin, got one: that graph was captured "
             "over the live tensors, and would run the live weights.",
-            remedy="leave warm-up, goldens and checks that replay it out of the stage.",
+            remedy="leave warm-up, goldens and checks that replay it out of the stage, or let hotglm capture passes: "
+            "hotglm.integrations.cuda_graphs.graphed(module, inputs).",
         )
 
 

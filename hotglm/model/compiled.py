@@ -24,7 +24,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 from torch import nn
 
@@ -33,6 +33,7 @@ from hotglm.model.grad_mode import GradMode
 
 __all__ = [
     "COMPILED_CALL",
+    "Bindable",
     "CompiledCall",
     "Recipe",
     "adopt_compiled",
@@ -75,6 +76,14 @@ class Recipe:
         return known
 
 
+class Bindable(Protocol):
+    """A call of one module, in the place of its compiled call, that can be made for another module as well."""
+
+    def bind_to(self, module: nn.Module) -> Bindable:
+        """Return a call of the same kind for `module`."""
+        ...
+
+
 class CompiledCall:
     """The compiled call of one module, put where `nn.Module.compile` puts its own.
 
@@ -98,6 +107,10 @@ class CompiledCall:
         self._epoch = 0
         self._module = weakref.ref(module)
         self._call = recipe.call_of(type(module))
+
+    def bind_to(self, module: nn.Module) -> CompiledCall:
+        """Return the call of another module, compiled as this one is."""
+        return CompiledCall(module, self.recipe)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run one pass.
@@ -178,10 +191,17 @@ def _find_context(compiled: Any) -> object:
     return context if kind is not None and isinstance(context, kind) else None
 
 
-def bind(compiled: object, module: nn.Module) -> CompiledCall | None:
-    """Return the call of `module` that is compiled as `compiled` is; None if that was not made by `torch.compile`."""
+def bind(compiled: object, module: nn.Module) -> Bindable | None:
+    """Return the call of `module` that is made as `compiled` is; None if that was made by neither torch nor hotglm."""
+    if _is_bindable(compiled):
+        return compiled.bind_to(module)
     recipe = find_recipe(compiled)
     return None if recipe is None else CompiledCall(module, recipe)
+
+
+def _is_bindable(compiled: object) -> TypeGuard[Bindable]:
+    """Whether `compiled` is a call of hotglm's own; asks its class, because an optimized module answers for a model."""
+    return hasattr(type(compiled), "bind_to") and not isinstance(compiled, nn.Module)
 
 
 def bind_twins(modules: Sequence[tuple[str, nn.Module]], memo: Mapping[int, Any]) -> Iterator[str]:
@@ -218,9 +238,10 @@ def rebind(function: object, find_twin: Callable[[object], object]) -> object | 
 
 
 def find_calls(module: nn.Module) -> Iterator[tuple[str, CompiledCall]]:
-    """Yield path and call of every part of `module` that was compiled and bound here."""
+    """Yield path and call of every part of `module` that was compiled and bound here, by graphs or not."""
     for path, part in module.named_modules():
         call = vars(part).get(COMPILED_CALL)
+        call = getattr(call, "inner", call)
         if isinstance(call, CompiledCall):
             yield path, call
 
@@ -245,7 +266,9 @@ def adopt_compiled(module: nn.Module, live: nn.Module) -> None:
     """Compile every part as the live part of that name is compiled, unless it is compiled in its own way already."""
     calls = {path: call for path, part in live.named_modules() if (call := vars(part).get(COMPILED_CALL)) is not None}
     for path, part in module.named_modules() if calls else ():
-        if path in calls and vars(part).get(COMPILED_CALL) is None and (bound := bind(calls[path], part)) is not None:
+        own = vars(part).get(COMPILED_CALL)
+        is_bare = isinstance(own, CompiledCall) and not isinstance(calls.get(path), CompiledCall)  # without its graphs
+        if path in calls and (own is None or is_bare) and (bound := bind(calls[path], part)) is not None:
             vars(part)[COMPILED_CALL] = bound
 
 
@@ -275,7 +298,7 @@ def settle(module: nn.Module) -> nn.Module:
                 part._modules[name] = _take_out(child)
     for part in root.modules():
         compiled = vars(part).get(COMPILED_CALL)
-        if compiled is not None and not isinstance(compiled, CompiledCall):
+        if compiled is not None and not _is_bindable(compiled):
             vars(part)[COMPILED_CALL] = bind(compiled, part)
     return root
 
@@ -307,7 +330,7 @@ def _find_misbound(root: nn.Module) -> Iterator[Problem]:
             if called is not part._orig_mod:
                 yield _problem(f"Expected the compiled call at {where} to be of its `_orig_mod`, got one of another")
         compiled = vars(part).get(COMPILED_CALL)
-        if compiled is not None and not isinstance(compiled, CompiledCall):
+        if compiled is not None and not _is_bindable(compiled):
             if find_recipe(compiled) is None:
                 yield _problem(f"Expected a call made by torch.compile at {where}, got {shorten_repr(compiled)}")
             elif _find_module_behind(compiled) is not part:

@@ -91,7 +91,7 @@ class Findings:
                 "Expected code that takes its weights from the module, got some that has its own.",
                 problems=uncopyable,
                 remedy="keep the module that the named part was made from instead; an AOTInductor package goes into a "
-                "slot of its own, by hotglm.integrations.aoti; device graphs take swap=hotglm.InPlace().",
+                "slot of its own, by hotglm.integrations.aoti; see hotglm.integrations.cuda_graphs for device graphs.",
             )
         if uncopyable:
             raise UncopyableError(

@@ -25,6 +25,7 @@ from hotglm.model.captured import leave_graph_trees
 from hotglm.model.compilations import counting, forget_compiled
 from hotglm.model.compiled import adopt_compiled, compile_as
 from hotglm.model.derived import Marks
+from hotglm.model.graphed import prepare_graphs
 from hotglm.model.inspection import StateEntry, contract_of, find_state
 from hotglm.model.twin import Twin, copy_module, verify_copyable
 from hotglm.slot.checks import run_checks
@@ -201,8 +202,11 @@ class _Stage:
             record.refreshed = refresh_derived(twin, loaded, refresh=request.refresh)
             marks = Marks(twin.loose)  # before warm-up, which is a pass
         with record.timed("check"), counting() as compilations:
+            # In place the live module keeps its graphs, and a twin that never serves needs none.
+            num_captured = 0 if request.owner.is_in_place else prepare_graphs(twin.module, home=taken.arena)
             proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
-        record.recompiles, record.recaptures = compilations.num_compiled, compilations.num_captured
+        record.recompiles = compilations.num_compiled
+        record.recaptures = compilations.num_captured + num_captured
         forget_compiled(twin.module)
         # What passes, checks and refreshes have queued is over before anybody can see what it wrote ("publish" in
         # [Note: streams], weights/device.py).

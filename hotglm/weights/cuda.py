@@ -34,7 +34,15 @@ from hotglm.weights.device import Event
 from hotglm.weights.pinning import PinnedMemory
 from hotglm.weights.workers import yield_gil_when_due
 
-__all__ = ["CudaDevice", "CudaEvent", "find_cuda_device", "find_known_devices", "note_stream"]
+__all__ = [
+    "CudaDevice",
+    "CudaEvent",
+    "find_cuda_device",
+    "find_known_devices",
+    "make_stream",
+    "note_stream",
+    "record_uncaptured",
+]
 
 _PRIORITIES = (0, -1, -2, -3)
 """Those for which torch has a pool of its own; others mean the nearest of them."""
@@ -68,7 +76,7 @@ class CudaDevice:
         self.index = index
         self.name = f"cuda:{index}"
         self._device = torch.device("cuda", index)
-        self._side = _make_side_stream(self._device)
+        self._side = make_stream(self._device)
         self._blocks = Blocks()
         self._lock = threading.Lock()
         self._streams: dict[int, torch.cuda.Stream] = {}
@@ -127,13 +135,13 @@ class CudaDevice:
         """
         limit_s = _CAPTURE_LIMIT_S if timeout_s is None else timeout_s
         with torch.cuda.device(self._device):
-            return tuple(_record_uncaptured(stream, limit_s=limit_s) for stream in self._find_streams())
+            return tuple(record_uncaptured(stream, limit_s=limit_s) for stream in self._find_streams())
 
     def lane(self, number: int) -> CudaLane:
         """Return one of the streams for exchanges."""
         with self._lock:
             if number not in self._lanes:
-                self._lanes[number] = CudaLane(_make_side_stream(self._device), self._device)
+                self._lanes[number] = CudaLane(make_stream(self._device), self._device)
             return self._lanes[number]
 
     def record_here(self) -> tuple[CudaEvent, ...]:
@@ -210,7 +218,7 @@ _lock = threading.Lock()
 _devices: dict[int, CudaDevice] = {}
 
 
-def _make_side_stream(device: torch.device) -> torch.cuda.Stream:
+def make_stream(device: torch.device) -> torch.cuda.Stream:
     """Return a stream that nobody else is handed ([Note: streams of torch]); it lives as long as the process."""
     with torch.cuda.device(device), leaving_captures_alone():
         handle = create_stream(device.index)
@@ -247,7 +255,7 @@ def _list_streams(device: torch.device) -> dict[int, torch.cuda.Stream]:
     return found
 
 
-def _record_uncaptured(stream: torch.cuda.Stream, *, limit_s: float = _CAPTURE_LIMIT_S) -> CudaEvent:
+def record_uncaptured(stream: torch.cuda.Stream, *, limit_s: float = _CAPTURE_LIMIT_S) -> CudaEvent:
     """Record an event on `stream` while it is not being captured.
 
     An event that is recorded in a capture is part of the graph, and says nothing of the work that was queued before.
