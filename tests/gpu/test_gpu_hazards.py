@@ -30,8 +30,8 @@ from hotglm.weights.split_arena import SplitLease
 
 pytestmark = pytest.mark.gpu
 
-SLEEP_CYCLES = 400_000_000
-"""About 0.2 s at 2 GHz: long against anything that a stage does with the small models here."""
+SLEEP_CYCLES = 1_000_000_000
+"""About 0.5 s at 2 GHz: long against anything that a stage does with the small models here."""
 
 WIDTH = 1 << 20
 TIGHT = hotglm.MemoryPolicy(small_nbytes=0)
@@ -66,7 +66,8 @@ def write(directory: Path, number: int) -> Path:
 
 def read_values(found: torch.Tensor) -> list[float]:
     torch.cuda.synchronize()
-    return sorted(set(found.cpu().tolist()))
+    values: list[float] = found.cpu().nan_to_num(nan=-1.0).unique().tolist()
+    return values
 
 
 def hold_copies_back(patch: pytest.MonkeyPatch) -> None:
@@ -85,14 +86,15 @@ def hold_copies_back(patch: pytest.MonkeyPatch) -> None:
 def test_publish_before_the_copy_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_planted: bool) -> None:
     """Hazard: a pass reads a generation whose copies are still queued."""
     slot = make_slot(policy=hotglm.StagePolicy(finite=False))
-    path, zero = write(tmp_path, 3), torch.zeros((), device="cuda")
+    number = 4 if is_planted else 3  # the memory may still have what the other case has left in it
+    path, zero = write(tmp_path, number), torch.zeros((), device="cuda")
     hold_copies_back(monkeypatch)
     if is_planted:
         monkeypatch.setattr(SplitLease, "settle", lambda lease: None)
         monkeypatch.setattr(SplitLease, "settle_passes", lambda lease: None)
     slot.update(path, version="1.0.1")
     found = slot(zero)
-    assert (read_values(found) == [3.0]) is not is_planted
+    assert (read_values(found) == [number]) is not is_planted
 
 
 @pytest.mark.parametrize("kind", ["default", "pool", "high priority", "external, noted"])
@@ -243,7 +245,7 @@ def test_a_lease_lives_as_long_as_its_tensors(device: CudaDevice) -> None:
     assert not arena.is_free
     loss.backward()  # type: ignore[no-untyped-call]
     del loss
-    assert (arena.is_free, float(copied.sum())) == (True, 2.0 * 64 * 32)
+    assert (arena.is_free, float(copied.detach().sum())) == (True, 2.0 * 64 * 32)
 
 
 def test_pinned_memory_is_exact_and_given_back(device: CudaDevice) -> None:

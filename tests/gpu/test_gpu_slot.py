@@ -54,7 +54,7 @@ def test_a_warm_swap_equals_a_cold_load(tmp_path: Path, kind: str) -> None:
 
 
 def test_what_cannot_go_live_changes_nothing(tmp_path: Path) -> None:
-    """NaN, and a spare that the device cannot hold, are refused; the live generation still serves, bit for bit."""
+    """NaN is refused; the live generation still serves, bit for bit."""
     slot = hotglm.ModuleSlot(make().cuda(), name="m", version="1.0.0")
     with torch.no_grad():
         before = slot(X.cuda())
@@ -63,16 +63,26 @@ def test_what_cannot_go_live_changes_nothing(tmp_path: Path) -> None:
     save_file(bad, tmp_path / "bad.safetensors")
     with pytest.raises(NonFiniteError, match=r"0\.weight"):
         slot.update(tmp_path / "bad.safetensors", version="1.0.1")
+    with torch.no_grad():
+        assert torch.equal(slot(X.cuda()), before)
+
+
+def test_a_spare_that_the_device_cannot_hold_changes_nothing() -> None:
+    """A device that is full refuses the plan, by name; the live generation still serves, bit for bit."""
+    slot, state = hotglm.ModuleSlot(nn.Linear(4096, 4096).cuda(), name="m", version="1.0.0"), torch.ones(4096, 4096)
+    before = slot.state_dict()["weight"].cpu()
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    taken = torch.empty(max(0, free - (1 << 20)), dtype=torch.uint8, device="cuda")
+    taken = torch.empty(max(0, free - (8 << 20)), dtype=torch.uint8, device="cuda")
     try:
         with pytest.raises(MemoryPlanError, match="cuda:0"):
-            slot.update(make(1).state_dict(), version="1.0.1")
+            slot.update({"weight": state, "bias": torch.ones(4096)}, version="1.0.1")
     finally:
         del taken
         torch.cuda.empty_cache()
-    with torch.no_grad():
-        assert torch.equal(slot(X.cuda()), before)
+    assert torch.equal(slot.state_dict()["weight"].cpu(), before)
+    slot.update({"weight": state, "bias": torch.ones(4096)}, version="1.0.1")
+    assert torch.equal(slot.state_dict()["weight"].cpu(), state)
 
 
 def test_a_module_on_the_device_and_the_processor(tmp_path: Path) -> None:
