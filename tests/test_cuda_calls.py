@@ -431,6 +431,31 @@ def test_blocks_of_a_device_that_has_failed_are_kept(
     assert kept == [1, 1]
 
 
+def test_an_arena_that_goes_asks_whether_blocks_may_go(
+    fake: FakeCuda, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of a device that works goes with its arena; one of a device that has failed since is kept."""
+    kept: list[object] = []
+    monkeypatch.setattr("hotglm.weights.cuda_lane.keep_for_ever", lambda: kept.append(1))
+    arena = DeviceArena(64, device=device)
+    del arena
+    assert kept == []
+    arena = DeviceArena(64, device=device)
+    fake.fail = raising("record", RuntimeError("CUDA error: device-side assert triggered"))
+    del arena
+    assert kept == [1]
+    fake.fail = raising("allocate", torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(MemoryPlanError):
+        DeviceArena(64, device=device)
+
+
+def test_a_device_that_has_failed_is_a_typed_error_before_a_stage(fake: FakeCuda, device: CudaDevice) -> None:
+    """Whoever stages on a device that has failed is told so, by an error of ours."""
+    fake.fail = raising("capturing", RuntimeError("CUDA error: device-side assert triggered"))
+    with pytest.raises(StageFailedError, match="got RuntimeError: CUDA error: device-side assert"):
+        Places().read_streams()
+
+
 def test_kept_blocks_outlive_every_reference() -> None:
     """A block that is kept stays, whoever lets go of it; one that has gone before is not brought back."""
     blocks = cuda_blocks.Blocks()

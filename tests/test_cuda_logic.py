@@ -114,7 +114,7 @@ def test_an_event_is_never_part_of_a_capture(monkeypatch: pytest.MonkeyPatch, an
         made.append(stream)
         return f"event {len(made)}"
 
-    monkeypatch.setattr(cuda, "_is_captured", lambda stream: next(asked))
+    monkeypatch.setattr(cuda, "is_captured", lambda stream: next(asked))
     monkeypatch.setattr(cuda, "CudaEvent", record)
     event: object = cuda.record_uncaptured(SimpleNamespace())  # type: ignore[arg-type]
     assert event == f"event {len(made)}"

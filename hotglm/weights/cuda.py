@@ -39,6 +39,7 @@ __all__ = [
     "CudaEvent",
     "find_cuda_device",
     "find_known_devices",
+    "is_captured",
     "make_stream",
     "note_stream",
     "record_uncaptured",
@@ -97,6 +98,11 @@ class CudaDevice:
         self._blocks.add(block, self._find_streams())
         return block
 
+    def let_go(self) -> None:
+        """Keep all blocks where the device has failed: with one that goes, torch would end the process."""
+        with contextlib.suppress(RuntimeError):
+            self.record()  # which keeps them where it cannot
+
     def read_free_nbytes(self) -> int:
         """Return what the driver has free, and what torch keeps in whole blocks and would give back.
 
@@ -148,7 +154,7 @@ class CudaDevice:
         """Record an event on the current stream of this thread; none where that is being captured."""
         with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream(self._device)
-            return () if _is_captured(stream) else (CudaEvent(stream),)
+            return () if is_captured(stream) else (CudaEvent(stream),)
 
     def wait_for(self, events: Iterable[Event]) -> None:
         """Hold the side stream back until `events` are done."""
@@ -264,9 +270,9 @@ def record_uncaptured(stream: torch.cuda.Stream, *, limit_s: float = _CAPTURE_LI
     deadline = time.monotonic() + limit_s
     while True:
         yield_gil_when_due()
-        if not _is_captured(stream):
+        if not is_captured(stream):
             event = CudaEvent(stream)
-            if not _is_captured(stream):
+            if not is_captured(stream):
                 return event
         if time.monotonic() > deadline:
             raise StageFailedError(
@@ -276,6 +282,7 @@ def record_uncaptured(stream: torch.cuda.Stream, *, limit_s: float = _CAPTURE_LI
         time.sleep(_CAPTURE_POLL_S)
 
 
-def _is_captured(stream: torch.cuda.Stream) -> bool:
-    with torch.cuda.stream(stream):
+def is_captured(stream: torch.cuda.Stream) -> bool:
+    """Tell whether a graph is being captured on `stream`."""
+    with torch.cuda.device(stream.device_index), torch.cuda.stream(stream):
         return bool(torch.cuda.is_current_stream_capturing())

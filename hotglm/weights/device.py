@@ -140,6 +140,10 @@ class Device(Protocol):
         """
         ...
 
+    def let_go(self) -> None:
+        """Be told that an arena lets go of its block, which goes when nobody holds it any more; never raises."""
+        ...
+
     def read_free_nbytes(self) -> int:
         """Return how many bytes could be allocated now, those that torch keeps for reuse included."""
         ...

@@ -11,6 +11,7 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -97,6 +98,11 @@ class DeviceArena:
         self.device = device
         self._block = device.allocate(max(nbytes, 1))
         self._lease: Callable[[], object | None] = _nobody
+
+    def __del__(self) -> None:
+        """Tell the device, while the block still exists: it goes with its last holder, which may be this."""
+        with contextlib.suppress(AttributeError):  # there was no memory for it
+            self.device.let_go()
 
     @property
     def address(self) -> int:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hotglm.errors import SlotStateError
-from hotglm.weights.cuda import find_cuda_device, find_known_devices
+from hotglm.errors import SlotStateError, StageFailedError
+from hotglm.problem import describe_exception
+from hotglm.weights.cuda import find_cuda_device, find_known_devices, is_captured
 from hotglm.weights.cuda_driver import leaving_captures_alone
 from hotglm.weights.device import Device
 from hotglm.weights.ring import Ring
@@ -81,17 +82,23 @@ class Places:
 
         Raises:
             SlotStateError: to a graph that it captures: a stage waits for the end of captures.
+            StageFailedError: a device has failed.
         """
         if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return Streams()
         streams = tuple(torch.cuda.current_stream(device.index) for device in find_known_devices())
-        for stream in streams:
-            with torch.cuda.device(stream.device_index), torch.cuda.stream(stream):
-                if torch.cuda.is_current_stream_capturing():
-                    raise SlotStateError(
-                        f"Expected a thread that captures no CUDA graph, got one that does, on {stream.device}.",
-                        remedy="update before the capture begins, or after it has ended.",
-                    )
+        try:
+            captured = next(filter(is_captured, streams), None)
+        except RuntimeError as error:
+            raise StageFailedError(
+                f"Expected devices that work, got {describe_exception(error)}.",
+                remedy="restart the process; a device that has failed once does not come back in it.",
+            ) from error
+        if captured is not None:
+            raise SlotStateError(
+                f"Expected a thread that captures no CUDA graph, got one that does, on {captured.device}.",
+                remedy="update before the capture begins, or after it has ended.",
+            )
         return Streams(streams=streams, device=torch.cuda.current_device())
 
     @contextlib.contextmanager

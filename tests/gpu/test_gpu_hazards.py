@@ -66,7 +66,7 @@ def write(directory: Path, number: int) -> Path:
 
 def read_values(found: torch.Tensor) -> list[float]:
     torch.cuda.synchronize()
-    values: list[float] = found.cpu().nan_to_num(nan=-1.0).unique().tolist()
+    values: list[float] = found.cpu().nan_to_num(nan=-1.0).unique().tolist()  # type: ignore[no-untyped-call]
     return values
 
 

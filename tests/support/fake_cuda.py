@@ -159,6 +159,7 @@ class FakeCuda:
         return FakeCudaEvent(self, blocking=blocking)
 
     def is_current_stream_capturing(self) -> bool:
+        self.fail("capturing")
         return self.stream.cuda_stream in self.capturing
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:

@@ -159,6 +159,9 @@ class FakeDevice:
         self.blocks.append(Block(watch_storage(block), memory))
         return block
 
+    def let_go(self) -> None:
+        pass
+
     def read_free_nbytes(self) -> int:
         return self.free_nbytes - self.used_nbytes
 
