@@ -122,8 +122,8 @@ def _is_equal(one: object, other: object) -> bool:
 
 
 def _has_same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape or one.dtype is not other.dtype or one.device != other.device:
+    if one.shape != other.shape or one.dtype is not other.dtype:
         return False
     if any(t.layout is not torch.strided or t.is_quantized or t.is_meta or is_wrapper(t) for t in (one, other)):
         return False
-    return torch.equal(tensor_bytes(one), tensor_bytes(other))
+    return torch.equal(tensor_bytes(one).cpu(), tensor_bytes(other).cpu())

@@ -87,9 +87,11 @@ class Spares:
         is_free = self.pool.find_free(nbytes, regions) is not None
         retires = () if is_free else self._choose_retired(nbytes)
         is_reused = is_free or any(self._has_room(generation, nbytes, regions) for generation in retires)
-        wanted = [*([] if is_reused else [(nbytes, regions)]), *((one.nbytes, one.regions) for one in beside)]
-        if wanted:
+        if beside:
+            self._verify_beside(beside, available_nbytes=available)
+        if not is_reused:
             dropped = sum(weights_nbytes(generation) for generation in retires if generation.arena is not None)
+            wanted = [(nbytes, regions), *((one.nbytes, one.regions) for one in beside)]
             verify_fits(
                 sum(size for size, _ in wanted),
                 host_nbytes=sum(_host_nbytes(size, parts) for size, parts in wanted),
@@ -107,6 +109,30 @@ class Spares:
             available_nbytes=available,
             devices=self._plan_devices(regions, retires),
             beside_nbytes=sum(one.nbytes for one in beside),
+        )
+
+    def _verify_beside(self, beside: Sequence[Layout], *, available_nbytes: int) -> None:
+        """Refuse what is to be held before anything is given up or a free arena is dropped, if it does not fit.
+
+        Raises:
+            MemoryPlanError: it does not.
+        """
+        verify_fits(
+            sum(one.nbytes for one in beside),
+            host_nbytes=sum(_host_nbytes(one.nbytes, one.regions) for one in beside),
+            pool_nbytes=self.pool.nbytes,
+            policy=self.policy,
+            available_nbytes=available_nbytes,
+            devices=_add_up(
+                DevicePlan(
+                    name=region.device.name,
+                    nbytes=region.nbytes,
+                    available_nbytes=region.device.read_free_nbytes(),
+                )
+                for region in (region for one in beside for region in one.regions)
+                if region.device is not None
+            ),
+            holders=self.describe_holders(),
         )
 
     def _plan_devices(self, regions: tuple[Region, ...], retires: tuple[Generation, ...]) -> tuple[DevicePlan, ...]:
