@@ -20,6 +20,7 @@ GROUPS = (
     "commit",
     "loading",
     "tail",
+    "quiet",
     "rollback",
     "in_place",
     "memory",
