@@ -1,9 +1,9 @@
 """p99 of a service at 70 % load while one update follows another: yielding, within a budget, and at will.
 
-The service: one thread that begins a pass whenever one is due, every 1/0.7 of what a pass takes alone, with torch on one
-thread. A request's time is counted from when it was due, so that one which had to wait for the pass before it counts in
-full. The updates: `slot.update` from another thread, again and again, of a file that the page cache has; every tensor
-is hashed and proved finite.
+The service: one thread that begins a pass whenever one is due, every 1/0.7 of what a pass takes alone, with torch on
+one thread. A request's time is counted from when it was due, so that one which had to wait for the pass before it
+counts in full. The updates: `slot.update` from another thread, again and again, of a file that the page cache has;
+every tensor is hashed and proved finite.
 
 Each round has a window for each way of updating, in turns, and two for none: what the second of these has over the
 first is what the machine does by itself. The p99 of a way is over all of its windows together, and so is that of none;

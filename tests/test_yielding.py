@@ -61,6 +61,23 @@ def law_contention_is_felt_by_cost() -> None:
     assert pace.record.num_contended > 2
 
 
+def law_a_bus_is_felt_by_those_who_use_it() -> None:
+    """Reading that costs twice as much is felt beside eight times as much hashing that costs what it did."""
+    machine = Machine()
+    pace = Pace(POLICY, senses=machine.senses())
+    with pace.working(Cancellation()):
+        for _ in range(600):
+            rest(Work.READ, PIECE_NBYTES)
+            machine.work(PIECE_S / 8 * (1 if machine.now_s < 1.0 else 2))
+            rest(Work.HASH, PIECE_NBYTES)
+            machine.work(PIECE_S)
+            rest(Work.SCAN, PIECE_NBYTES)  # and what hardly matters may cost what it likes
+            machine.work(PIECE_S / 100 * (1 + int(machine.now_s * 1000) % 2))
+            assert machine.now_s < 0.7 or machine.now_s > 1.0 or pace.share == POLICY.max_share
+        rest()
+    assert pace.share == POLICY.min_share
+
+
 def law_contention_is_felt_by_queueing() -> None:
     """A fifth of its time spent in the queue for a core does the same, at the same cost."""
     samples, _ = load(Machine(queue=during(1.0, 99.0, 0.25, 0.0)), POLICY, num_pieces=500)

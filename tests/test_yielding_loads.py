@@ -16,6 +16,7 @@ from torch import nn
 
 import hotglm
 from hotglm.errors import HotglmError, NonFiniteError
+from hotglm.slot import live_proof
 from hotglm.weights import pace as paces
 from hotglm.weights import places, upload
 from hotglm.weights.pace import PIECE_NBYTES, Pace, Senses
@@ -270,3 +271,23 @@ def test_senses_of_this_system_go_forward() -> None:
     queue.close()
     assert all(after >= before for before, after in zip(one, two, strict=True))
     assert two[1] > one[1]
+
+
+def test_a_proof_that_a_commit_waits_for_does_not_yield(pieces: Pieces, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P4: beside commits in place that never let it end, the last attempt keeps them out, and so goes at will."""
+    slot = make_slot(swap=hotglm.InPlace())
+    slot.update(make_state(2.0), version="1.0.1")
+    pieces.nbytes.clear()
+    monkeypatch.setattr(live_proof, "_NUM_ATTEMPTS", 0)
+    assert slot.verify_live().digest == slot.live.digest
+    assert not pieces.nbytes
+
+
+def test_a_refusal_tells_how_the_load_yielded(pieces: Pieces) -> None:
+    """The receipt of a load that failed on its way has the pace that it went at."""
+    slot = make_slot()
+    with pytest.raises(NonFiniteError) as caught:
+        slot.update(broken_state(), version="1.0.2")
+    assert caught.value.receipt is not None
+    assert caught.value.receipt.pace is not None
+    assert torch.equal(slot(X), Net()(X))

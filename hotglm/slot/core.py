@@ -299,6 +299,7 @@ class SlotCore:
             plan=record.plan,
             timings=tuple(record.timings),
             migration=record.migration,
+            pace=record.pace,
             at_s=time.time(),
             code=error.code,
         )

@@ -31,7 +31,7 @@ from hotglm.weights import places
 from hotglm.weights.device import Device
 from hotglm.weights.device_seals import find_unchanged, seal_on_device
 from hotglm.weights.digest import combine_digests
-from hotglm.weights.pace import AtWill, Pace, make_pace
+from hotglm.weights.pace import AT_WILL, AtWill, Pace, make_pace
 from hotglm.weights.seals import Seal, matches_seal, seal_tensor
 from hotglm.weights.supply import Kept
 from hotglm.weights.workers import Cancellation, count_cores, run_tasks, start_thread
@@ -89,7 +89,7 @@ def verify_live(
             return reading.conclude(core, started=started)
     with core.admission.reading():
         reading = _Reading(core.admission.live.generation, quick=quick)
-        reading.run(num_threads=num_threads, pace=pace, progress=progress)
+        reading.run(num_threads=num_threads, pace=AT_WILL, progress=progress)  # a commit waits for it
     return reading.conclude(core, started=started)
 
 

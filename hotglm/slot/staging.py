@@ -172,10 +172,12 @@ class _Stage:
     def _load(self, loading: Loading, targets: Mapping[str, Target], taken: TakenSpare) -> Loaded:
         is_read = self._offer.origin is None  # else it was read, and counted, before it was quantised
         with self._record.timed("load" if is_read else "place", nbytes=self._offer.nbytes):
-            loaded, origins = loading.run(targets, taken=taken, report=self._request.report)
+            try:
+                loaded, origins = loading.run(targets, taken=taken, report=self._request.report)
+            finally:
+                self._record.pace = self._pace.record
         if is_read:
             self._record.origins, self._record.converted = origins, loaded.converted
-        self._record.pace = self._pace.record
         return loaded
 
     def _plan_loading(self, code: Contract, stack: ExitStack) -> Loading:

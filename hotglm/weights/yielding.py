@@ -18,14 +18,15 @@ additive increase, multiplicative decrease (Chiu and Jain, 1989), once in an int
     u <- max(min_share, u / 2)             where the interval was contended
     u <- min(max_share, u + max_share / 8) where it was not
 
-An interval is contended if its pieces cost more than 1.3 times the least, or if more than a tenth of the time in which
-its threads could have run was spent in the queue for a core.
+An interval is contended if its pieces of one kind cost more than 1.3 times the least, or if more than a tenth of the
+time in which its threads could have run was spent in the queue for a core.
 
 - Cost is the thread's time on its core (`CLOCK_THREAD_CPUTIME_ID`) for a byte: a core that waits for a bus, a cache or
   its sibling thread is busy, and one that waits for a disk is not. For a copy to or from a device it is the time until
   the host saw it done.
-- Pieces of one kind are compared with each other, in runs of four and from 256 KiB on: of smaller ones, Python is most.
-  A piece in which the thread waited for longer than it worked says nothing: it has met a cold page cache.
+- Pieces of one kind are compared with each other, as hashing hardly feels a bus that reading waits for. The least is
+  that of runs of four; of pieces of less than 256 KiB, and of kinds that are less than a tenth of the work, Python is
+  most. A piece in which the thread waited for longer than it worked says nothing: it has met a cold page cache.
 - The least is that of the last half minute to minute, in intervals. A service that leaves no gap for longer than that
   is sensed as contention no more, by cost; it is by the queue.
 
@@ -48,6 +49,9 @@ INTERVAL_S = 0.05
 
 EXCESS = 1.3
 """Cost over the least cost from which on an interval is contended."""
+
+MATTERS = 0.1
+"""Part of the cost of an interval from which on a kind of work is judged."""
 
 QUEUED = 0.1
 """Part of the time in which a thread could have run, from which on queueing for a core is contention."""
@@ -204,8 +208,11 @@ class Share:
         runnable_s = self._queued_s + self._used_s
         if runnable_s > 0 and self._queued_s > QUEUED * runnable_s:
             return True
-        known = [costs for costs in self._costs.values() if costs.nbytes and costs.least < float("inf")]
-        return sum(costs.seconds for costs in known) > EXCESS * sum(costs.nbytes * costs.least for costs in known)
+        total_s = sum(costs.seconds for costs in self._costs.values())
+        return any(
+            costs.seconds > MATTERS * total_s and costs.seconds > EXCESS * costs.nbytes * costs.least
+            for costs in self._costs.values()
+        )
 
     def _begin(self, now_s: float) -> None:
         self._since_s = now_s
