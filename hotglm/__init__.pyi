@@ -379,9 +379,6 @@ from hotglm.slot.generation import (
 from hotglm.slot.holders import (
     Holder as Holder,
 )
-from hotglm.slot.holders import (
-    Session as Session,
-)
 from hotglm.slot.live_proof import (
     LiveProof as LiveProof,
 )
@@ -408,6 +405,12 @@ from hotglm.slot.requantize import (
 )
 from hotglm.slot.requantize import (
     Requantize as Requantize,
+)
+from hotglm.slot.sessions import (
+    AsyncSession as AsyncSession,
+)
+from hotglm.slot.sessions import (
+    Session as Session,
 )
 from hotglm.slot.slot import (
     ModuleSlot as ModuleSlot,

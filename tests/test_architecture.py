@@ -112,6 +112,7 @@ PUBLIC_NAMES = [
     "AmbiguousPathError",
     "Apply",
     "ArgumentError",
+    "AsyncSession",
     "Breakage",
     "Bump",
     "CallSpec",

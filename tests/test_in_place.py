@@ -30,6 +30,7 @@ from hotglm.errors import (
 )
 from hotglm.slot.passage import Passage
 from support.exchanges import FailAt
+from support.gates import Beside, Held, is_closing, wait_until
 from support.swaps import Model, build, make_class, same_bits, same_state
 from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 
@@ -376,53 +377,6 @@ def test_copies_of_a_slot_swap_in_place_as_well() -> None:
 # -- the gate ----------------------------------------------------------------------------------------------------------
 
 
-class Held:
-    """A boundary at which passes of threads called `held` wait until they are let go."""
-
-    def __init__(self) -> None:
-        self.arrived, self.release = threading.Semaphore(0), threading.Event()
-
-    def __call__(self, layer: int) -> None:
-        if layer == 1 and threading.current_thread().name.startswith("held"):
-            self.arrived.release()
-            assert self.release.wait(30)
-
-
-class Beside:
-    """A function that runs in a thread of its own, with its result."""
-
-    def __init__(self, function: Callable[[], Any], *, name: str = "beside") -> None:
-        self._outcome: list[Any] = []
-        self.thread = threading.Thread(target=self._run, args=(function,), name=name, daemon=True)
-        self.thread.start()
-
-    def _run(self, function: Callable[[], Any]) -> None:
-        try:
-            self._outcome.append(function())
-        except BaseException as error:  # noqa: BLE001 - raised again in `result`
-            self._outcome.append(error)
-
-    def result(self) -> Any:
-        self.thread.join(30)
-        outcome = self._outcome[0]
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    pause = threading.Event()
-    for _ in range(30_000):
-        if condition():
-            return
-        pause.wait(0.001)
-    raise AssertionError("it never came to be")
-
-
-def is_closing(slot: hotglm.ModuleSlot) -> bool:
-    return slot._admission.gate.closing is not None  # type: ignore[attr-defined]
-
-
 @pytest.fixture
 def busy() -> Iterator[tuple[hotglm.ModuleSlot, Held, Beside]]:
     """A slot with a pass inside that waits to be let go."""
@@ -656,10 +610,12 @@ def test_generators_and_coroutines_behind_plain_functions_are_passes_to_their_en
         await asyncio.sleep(0)
         await asyncio.to_thread(assert_waits)
         gate.set()
-        versions = []
+        versions, loop = [], asyncio.get_running_loop()
         async for version in slot.stream():
             versions.append(version)
-            await asyncio.to_thread(assert_waits)
+            await loop.run_in_executor(None, assert_waits)
+            with pytest.raises(ReentrantError):  # this task, in whatever thread, would wait for itself
+                await asyncio.to_thread(update_to, slot, PRIMES[1])
         return await answer, versions
 
     assert asyncio.run(talk()) == ((PRIMES[0], PRIMES[0]), [PRIMES[0]] * 2)
@@ -725,7 +681,7 @@ class Slow(seam.Seam):
 def test_passes_wait_for_a_copy_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """P1: a pass that is held back looks again and again, and gets the whole new version in the end."""
     slot, slow = make_oracle(), Slow()
-    monkeypatch.setattr("hotglm.slot.gate._SLICE_S", 0.001)
+    monkeypatch.setattr("hotglm.slot.closing._SLICE_S", 0.001)
     looks = itertools.count()
     alive = threading.Thread.is_alive
 

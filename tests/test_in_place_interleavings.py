@@ -8,14 +8,17 @@ an output, and a commit that would wait for a pass fails.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 
 import hotglm
 from hotglm import seam
-from hotglm.slot.gate import Closing, Gate, Mark, Ticket
+from hotglm.slot.closing import Closing
+from hotglm.slot.gate import Gate, Mark, Ticket
 from hotglm.slot.in_place import InPlaceAdmission
 from support.planted import PlainGate, plant_gate
 from support.schedule import Actor, Outcome, Schedule, explore
@@ -53,15 +56,39 @@ class StepSeam(seam.Seam):
                 self._point("half written")
 
 
+class Talker(Oracle):
+    """An oracle with a coroutine."""
+
+    async def answer(self) -> torch.Tensor:
+        output: torch.Tensor = self(INPUT)
+        return output
+
+
+async def read_in_session(slot: hotglm.ModuleSlot) -> torch.Tensor:
+    async with slot.acquire_async() as generation:
+        output: torch.Tensor = generation.module(INPUT)
+        return output
+
+
+READERS: dict[str, Callable[[hotglm.ModuleSlot], torch.Tensor]] = {
+    "call": lambda slot: slot(INPUT),
+    "coroutine": lambda slot: asyncio.run(slot.answer()),
+    "asynchronous session": lambda slot: asyncio.run(read_in_session(slot)),
+}
+
+
 class Program:
     """A slot with one version staged, passes and a commit, made anew for each schedule."""
 
-    def __init__(self, *, num_passes: int, plant: Callable[[Gate], None], patch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, *, num_passes: int, plant: Callable[[Gate], None], patch: pytest.MonkeyPatch, kind: str = "call"
+    ) -> None:
         self._schedule: Schedule | None = None
+        self._kind = kind
         self.seen: dict[str, str] = {}
         self._num_passes = num_passes
         self.slot = hotglm.ModuleSlot(
-            Oracle(PRIMES[0], boundary=self._at_layer),
+            Talker(PRIMES[0], boundary=self._at_layer),
             name="oracle",
             version=name_version(PRIMES[0]),
             policy=LEAN,
@@ -85,12 +112,12 @@ class Program:
             self._point("will look")
             return not gate._inside
 
-        def step_wait() -> None:
+        def step_knock(closing: Closing) -> None:
             raise HeldBackError
 
         gate.close = step_close  # type: ignore[method-assign]
         gate.wait_empty = step_wait_empty  # type: ignore[method-assign]
-        gate._wait_until_open = step_wait  # type: ignore[method-assign]
+        gate._knock = step_knock  # type: ignore[method-assign]
 
     def build(self) -> tuple[Sequence[Actor], Callable[[Schedule], None]]:
         names = "ab"[: self._num_passes]
@@ -119,7 +146,7 @@ class Program:
     def _read(self, name: str) -> None:
         threading.current_thread().name = f"pass {name}"
         try:
-            self.seen[name] = name_version(read_version(self.slot(INPUT)))
+            self.seen[name] = name_version(read_version(READERS[self._kind](self.slot)))
         except HeldBackError:
             self.seen[name] = "held back"
 
@@ -145,7 +172,7 @@ class Program:
 
 
 def run_all(
-    *, num_passes: int, plant: Callable[[Gate], None], until_violated: bool = False
+    *, num_passes: int, plant: Callable[[Gate], None], kind: str = "call", until_violated: bool = False
 ) -> tuple[list[object], set[object]]:
     """Return the violations of all schedules, and every combination of what was seen."""
     programs: list[Program] = []
@@ -155,7 +182,7 @@ def run_all(
 
         def build() -> tuple[Sequence[Actor], Callable[[Schedule], None]]:
             patch.undo()
-            programs[:] = [Program(num_passes=num_passes, plant=plant, patch=patch)]
+            programs[:] = [Program(num_passes=num_passes, plant=plant, patch=patch, kind=kind)]
             return programs[0].build()
 
         for outcome in explore(build):
@@ -168,10 +195,13 @@ def run_all(
     return violations, seen
 
 
-@pytest.mark.parametrize("num_passes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_in_every_order_a_pass_sees_one_version(num_passes: int) -> None:
+@pytest.mark.parametrize(
+    ("num_passes", "kind"),
+    [*((1, kind) for kind in READERS), pytest.param(2, "call", marks=pytest.mark.slow)],
+)
+def test_in_every_order_a_pass_sees_one_version(num_passes: int, kind: str) -> None:
     """C14, F21: whatever the order of their steps, nobody reads what is half written, and the gate ends open."""
-    violations, seen = run_all(num_passes=num_passes, plant=lambda gate: None)
+    violations, seen = run_all(num_passes=num_passes, plant=lambda gate: None, kind=kind)
     assert violations == []
     old, new = name_version(PRIMES[0]), name_version(PRIMES[1])
     if num_passes == 1:
@@ -182,16 +212,17 @@ def test_in_every_order_a_pass_sees_one_version(num_passes: int) -> None:
 def look_first(gate: Gate) -> None:
     """Bug: a pass looks whether the gate is closing, and only then adds its mark."""
 
-    def enter() -> Ticket:
-        if gate.closing is not None:
-            gate._wait_until_open()
+    def try_enter(has_older: Callable[[Mark], bool]) -> Ticket | None:
+        if gate.closing is not None and not has_older(Mark(Ticket())):
+            return None
         ticket = Ticket()
         mark = ticket.mark = Mark(ticket, gate._inside.discard)
         mark.thread, mark.since_s, mark.what = threading.get_ident(), 0.0, "pass"
+        mark.is_call = True
         gate._inside.add(mark)
         return ticket
 
-    gate.enter = enter  # type: ignore[method-assign]
+    gate._try_enter = try_enter  # type: ignore[method-assign]
 
 
 def close_late(gate: Gate) -> None:
@@ -199,10 +230,11 @@ def close_late(gate: Gate) -> None:
     gate.close = lambda closing: None  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("plant", [look_first, close_late])
-def test_the_other_order_of_two_steps_is_found(plant: Callable[[Gate], None]) -> None:
+def test_the_other_order_of_two_steps_is_found(plant: Callable[[Gate], None], kind: str) -> None:
     """C14, control: where either side looks before it says what it does, some order tears a pass."""
-    violations, _ = run_all(num_passes=1, plant=plant, until_violated=True)
+    violations, _ = run_all(num_passes=1, plant=plant, kind=kind, until_violated=True)
     assert violations != []
 
 

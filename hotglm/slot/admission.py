@@ -172,6 +172,10 @@ class Admission:
         del place
         return None, self.live.generation
 
+    async def enter_async(self, place: str) -> tuple[object, Generation]:
+        """Do as `enter`, without holding up the event loop."""
+        return self.enter(place)
+
     def leave(self) -> None:
         """Note that a session has ended."""
 

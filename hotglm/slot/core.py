@@ -37,11 +37,11 @@ from hotglm.slot.admission import Admission
 from hotglm.slot.announcing import describe_stage, name_change, note_held, refused_event
 from hotglm.slot.checks import StagePolicy
 from hotglm.slot.generation import Generation
-from hotglm.slot.holders import Sessions
 from hotglm.slot.in_place import InPlaceAdmission
 from hotglm.slot.policies import InPlace
 from hotglm.slot.publication import Expected, Publication
 from hotglm.slot.receipt import Receipt
+from hotglm.slot.sessions import Sessions
 from hotglm.slot.settings import SlotSettings, StageOptions
 from hotglm.slot.source import Source
 from hotglm.slot.spare import Spares

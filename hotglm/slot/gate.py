@@ -22,6 +22,11 @@ it wait for itself (F16). So is a task whose context has an open session, in wha
 `asyncio.to_thread` carries the context over. The new mark is added before the question whether the older one is still
 there, so at no time is neither of the two there.
 
+**Tasks of one event loop** share a thread, but do not wait for each other. What can wait without its thread (a
+coroutine, an asynchronous session) is let in only if its own task is inside, or a call that its thread is in the midst
+of; otherwise sessions that overlap in one loop would hold a commit off without end. What cannot, a plain call of the
+slot, is let in if anything of its thread is, because the tasks that are inside need that thread to come out.
+
 **The last to leave wakes the commit,** which has its thread and everything it needs ready. It does not run in the
 leaving thread, because that may be the main thread, where Ctrl-C would cut a copy in two; see
 docs/adr/0011-gate.md. A wake-up that an interrupt swallows is made up for by a short poll.
@@ -34,7 +39,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import queue
 import sys
 import threading
 import time
@@ -45,18 +49,13 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from hotglm.errors import ReentrantError, SlotStateError
+from hotglm.slot.closing import Closing
 from hotglm.weights.workers import find_owner
 
-__all__ = ["Closing", "Gate", "Ticket"]
-
-_POLL_S = 0.005
-"""How soon a commit looks again where the wake-up of the last pass was lost."""
-
-_SLICE_S = 0.05
-"""How often a pass that is held back looks whether anybody is left to open the gate."""
+__all__ = ["Gate", "Mark", "Ticket"]
 
 _sessions: contextvars.ContextVar[tuple[Mark, ...]] = contextvars.ContextVar("hotglm_sessions", default=())
-"""The marks of the sessions that the running task or thread has entered, of whatever slot."""
+"""The marks of the sessions, generators and coroutines that the running task or thread is in, of whatever slot."""
 
 
 class Ticket:
@@ -67,47 +66,18 @@ class Ticket:
 
 
 class Mark(weakref.ref[Ticket]):
-    """What a gate knows of a ticket: the thread it was given to, since when, and what it is for."""
+    """What a gate knows of a ticket: the thread it was given to, since when, what it is for, and how long.
 
-    __slots__ = ("since_s", "thread", "what")
+    `is_call` says that it ends with the call that it was made in, which is on the stack of its thread until then.
+    """
+
+    __slots__ = ("is_call", "since_s", "thread", "what")
     __hash__ = object.__hash__
     __eq__ = object.__eq__
     thread: int
     since_s: float
     what: str
-
-
-class Closing:
-    """One commit's turn at a gate."""
-
-    __slots__ = ("_opened", "_wakes", "is_torn", "worker")
-
-    def __init__(self, worker: threading.Thread) -> None:
-        """Begin the turn of `worker`, which alone opens the gate again, unless it dies.
-
-        `is_torn` is for it to set while the live weights are not those of one version.
-        """
-        self.worker = worker
-        self.is_torn = False
-        self._opened = threading.Event()
-        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # `put` is safe in finalisers and signal handlers
-
-    def wake(self) -> None:
-        """Have the commit look again whether the gate is empty."""
-        self._wakes.put(None)
-
-    def wait_for_wake(self, timeout_s: float) -> None:
-        """Wait until a pass has left, or for a moment."""
-        with contextlib.suppress(queue.Empty):
-            self._wakes.get(timeout=min(_POLL_S, timeout_s))
-
-    def wait_opened(self) -> bool:
-        """Wait for the commit's end; return whether it came, and not only a moment passed."""
-        return self._opened.wait(_SLICE_S)
-
-    def end(self) -> None:
-        """Let everybody go on who waits for the end of it."""
-        self._opened.set()
+    is_call: bool
 
 
 class Gate:
@@ -130,31 +100,75 @@ class Gate:
             ReentrantError: a finaliser that runs in a commit's own thread asks for it.
         """
         while True:
-            ticket = Ticket()
-            mark = ticket.mark = Mark(ticket, self._inside.discard)
-            mark.thread, mark.since_s, mark.what = threading.get_ident(), time.monotonic(), "pass"
             try:
-                if self.closing is None or self._has_older(mark):
-                    self._inside.add(mark)
-                    # Asked after the mark is there: see [Note: gate].
-                    if self.closing is None or self._has_older(mark):
-                        return ticket
-                del ticket
+                ticket = self._try_enter(self._has_older)
+                if ticket is not None:
+                    return ticket
                 self._wait_until_open()
             except BaseException:
-                ticket = mark = None  # type: ignore[assignment]  # a kept traceback must not keep it inside
+                ticket = None  # a kept traceback must not keep it inside
                 raise
 
-    def enter_session(self, place: str) -> Ticket:
-        """Return the ticket of a session, during which the task it is opened in, in any thread, is inside.
+    async def enter_async(self, what: str) -> Ticket:
+        """Return the ticket of `what`, which its task is in; while a commit holds it back, its event loop goes on.
+
+        Raises:
+            SlotStateError, ReentrantError: as `enter`.
+        """
+        while True:
+            try:
+                ticket = self._try_enter(self._has_older_in_task)
+                if ticket is not None:
+                    self.extend(ticket.mark, what)
+                    return ticket
+                closing = self.closing
+                if closing is not None:
+                    self._knock(closing)
+                    while self._is_shut(closing, is_over=await closing.wait_opened_async()):
+                        pass
+            except BaseException:
+                ticket = None
+                raise
+
+    def _try_enter(self, has_older: Callable[[Mark], bool]) -> Ticket | None:
+        ticket = Ticket()
+        mark = ticket.mark = Mark(ticket, self._inside.discard)
+        mark.thread, mark.since_s, mark.what = threading.get_ident(), time.monotonic(), "pass"
+        mark.is_call = True
+        try:
+            if self.closing is None or has_older(mark):
+                self._inside.add(mark)
+                # Asked after the mark is there: see [Note: gate].
+                if self.closing is None or has_older(mark):
+                    return ticket
+        except BaseException:
+            ticket = mark = None  # type: ignore[assignment]  # a kept traceback must not keep it inside
+            raise
+        return None
+
+    def enter_extended(self, what: str) -> Ticket:
+        """Return the ticket of `what`, which goes on behind the call that it is made in."""
+        ticket: Ticket | None = None
+        try:
+            ticket = self.enter()
+            self.extend(ticket.mark, what)
+        except BaseException:
+            ticket = None
+            raise
+        return ticket
+
+    def extend(self, mark: Mark, what: str | None = None) -> None:
+        """Let a pass go on behind the call that it is: whatever the running task does until it has ended, is inside.
 
         Args:
-            place: where it was asked for.
+            mark: of its ticket, which the traceback of an interrupt in here must not keep.
+            what: what it is for from now on; as before where None.
         """
-        ticket = self.enter()
-        ticket.mark.what = f"session acquired at {place}"
-        _sessions.set((*(mark for mark in _sessions.get() if mark() is not None), ticket.mark))
-        return ticket
+        mark.is_call = False
+        mark.what = what or mark.what
+        mine = _sessions.get()
+        if mark not in mine:
+            _sessions.set((*(older for older in mine if older() is not None), mark))
 
     def leave(self) -> None:
         """Tell a commit that waits that a ticket was dropped just now."""
@@ -187,18 +201,32 @@ class Gate:
         marks = self._inside.copy()
         return any(m is not own and (m.thread == thread or m in sessions) and m() is not None for m in marks)
 
+    def _has_older_in_task(self, own: Mark) -> bool:
+        thread, sessions = threading.get_ident(), _sessions.get()
+        marks = self._inside.copy()
+        return any(
+            m is not own and ((m.thread == thread and m.is_call) or m in sessions) and m() is not None for m in marks
+        )
+
     def _wait_until_open(self) -> None:
         closing = self.closing
-        if closing is None:
-            return
+        if closing is not None:
+            self._knock(closing)
+            while self._is_shut(closing, is_over=closing.wait_opened()):
+                pass
+
+    def _knock(self, closing: Closing) -> None:
+        """Say that a pass has taken its mark back, and will wait."""
         self.verify_not_committing()
         closing.wake()
-        while self.closing is closing:
-            if not closing.wait_opened() and closing.worker.is_alive():
-                continue
+
+    def _is_shut(self, closing: Closing, *, is_over: bool) -> bool:
+        """Whether there still is somebody to wait for, who holds the gate shut."""
+        if self.closing is closing and (is_over or not closing.worker.is_alive()):
             self.open(closing)  # again, if need be: its thread may have died on the way
             if self.closing is closing:
                 _refuse_torn()
+        return self.closing is closing
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ import sys
 import threading
 import traceback
 import types
-import weakref
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from hotglm.errors import SlotStateError, shorten_repr
+from hotglm.errors import shorten_repr
 from hotglm.slot.generation import Generation, Retired
 
 if TYPE_CHECKING:
-    from hotglm.slot.admission import Admission
+    pass
 
-__all__ = ["Holder", "Session", "Sessions", "find_passes", "find_references"]
+__all__ = ["Holder", "find_passes", "find_references"]
 
 _PASS_CODES = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
 
@@ -53,67 +52,6 @@ class Holder:
     def __str__(self) -> str:
         """Return the description, with the stack under it."""
         return self.description + (f"\n{self.stack}" if self.stack else "")
-
-
-class Session:
-    """A context manager around several passes of one generation; see `ModuleSlot.acquire`."""
-
-    __slots__ = ("__weakref__", "_admission", "_generation", "_sessions", "_ticket", "number", "place", "thread")
-
-    def __init__(self, admission: Admission, *, sessions: Sessions) -> None:
-        """Hold the live generation from now on."""
-        caller: types.FrameType | None = sys._getframe(2)
-        self.place = f"{caller.f_code.co_filename}:{caller.f_lineno}" if caller else "?"
-        self._admission = admission
-        self._sessions = sessions
-        self.thread = threading.current_thread().name
-        self._generation: Generation | None
-        self._ticket, self._generation = admission.enter(self.place)
-        self.number = self._generation.number
-        sessions.add(self)
-
-    def __enter__(self) -> Generation:
-        """Return the generation that this session holds until it exits."""
-        if self._generation is None:
-            raise SlotStateError(
-                "Expected a session to be entered once, got a second time.", remedy="call slot.acquire()."
-            )
-        return self._generation
-
-    def __exit__(self, *_: object) -> None:
-        """Let the generation go."""
-        self._generation = self._ticket = None
-        self._sessions.remove(self)
-        self._admission.leave()
-
-
-class Sessions:
-    """The open sessions of one slot. Adding and removing are single dictionary operations and take no lock."""
-
-    __slots__ = ("_open",)
-
-    def __init__(self) -> None:
-        """Start with none."""
-        self._open: dict[int, weakref.ref[Session]] = {}
-
-    def add(self, session: Session) -> None:
-        """Note an open session; a session that is dropped without exiting ends with its last reference."""
-        self._open[id(session)] = weakref.ref(session)
-
-    def remove(self, session: Session) -> None:
-        """Forget a session."""
-        self._open.pop(id(session), None)
-
-    def find(self, number: int) -> Iterator[Holder]:
-        """Yield the open sessions on generation `number`."""
-        for key, reference in list(self._open.items()):
-            session = reference()
-            if session is None:
-                if self._open.get(key) is reference:  # not that of a new session at the same address
-                    self._open.pop(key, None)
-            elif session.number == number:
-                description = f"session of thread {session.thread!r}, acquired at {session.place}"
-                yield Holder(kind="session", number=number, description=description)
 
 
 def find_passes(module: nn.Module, number: int) -> tuple[Holder, ...]:

@@ -35,7 +35,8 @@ from hotglm.problem import HotglmError, describe_exception
 from hotglm.slot.admission import Admission
 from hotglm.slot.change import Change, Publications, Ready, digest_where_it_is
 from hotglm.slot.claim import Claim, NoClaim
-from hotglm.slot.gate import Closing, Gate, Ticket
+from hotglm.slot.closing import Closing
+from hotglm.slot.gate import Gate, Ticket
 from hotglm.slot.generation import Generation
 from hotglm.slot.passage import admit, runs_module
 from hotglm.slot.policies import InPlace, InPlaceRecord
@@ -72,7 +73,11 @@ class InPlaceAdmission(Admission):
 
     def enter(self, place: str) -> tuple[Ticket, Generation]:
         """Let a session in; see `Admission.enter`."""
-        return self.gate.enter_session(place), self.live.generation
+        return self.gate.enter_extended(f"session acquired at {place}"), self.live.generation
+
+    async def enter_async(self, place: str) -> tuple[Ticket, Generation]:
+        """Let a session in, while the event loop goes on."""
+        return await self.gate.enter_async(f"session acquired at {place}"), self.live.generation
 
     def leave(self) -> None:
         """Wake a commit that waits for the last session."""
@@ -139,11 +144,9 @@ class InPlaceAdmission(Admission):
         """Exchange the weights between two passes; see `Admission.commit`.
 
         Raises:
-            ConflictError: another generation is live.
-            SlotClosedError: the slot was closed.
+            ConflictError: another generation is live. SlotClosedError: the slot was closed.
             ReentrantError: the calling thread or task is inside a pass or session of this slot.
-            DrainTimeoutError: passes did not end in time; they are named.
-            UnswappableError: live tensors are not where they were.
+            DrainTimeoutError: passes did not end in time. UnswappableError: live tensors are not where they were.
         """
 
         def choose(old: Publication) -> Generation:
@@ -159,8 +162,7 @@ class InPlaceAdmission(Admission):
         """Exchange the weights back; see `Admission.rollback`.
 
         Raises:
-            NoRollbackError: that generation is not held.
-            ConflictError, SlotClosedError, ReentrantError, DrainTimeoutError, UnswappableError: as `commit`.
+            NoRollbackError: that generation is not held. Others as `commit`.
         """
         held: list[Generation] = []
 

@@ -1,14 +1,18 @@
 """Calls into a live module whose weights are written in place: each is a pass, inside the gate from start to end.
 
-Rules this module keeps: a generator or coroutine is inside for as long as it runs, not only while it is made; what is
-called is otherwise what would have been called.
+Rules this module keeps:
+
+- A generator or coroutine is inside for as long as it runs, not only while it is made.
+- What can wait for a commit without its thread, a coroutine, does; its event loop goes on.
+- What is called is otherwise what would have been called.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType, MethodType
 from typing import Any
 
@@ -56,36 +60,24 @@ _UNFINISHED = frozenset({GeneratorType, CoroutineType, AsyncGeneratorType})
 
 def _stay(gate: Gate, ticket: Ticket, result: Any) -> Any:
     """Return `result`, with the pass that it came from not ended before it has run."""
+    ticket.mark.is_call = False
+    held = [ticket]
+
+    def hand_over() -> Ticket:
+        try:
+            gate.extend(held[0].mark)
+            return held.pop()
+        finally:
+            held.clear()
+
+    async def hand_over_async() -> Ticket:
+        return hand_over()
+
     if isinstance(result, AsyncGeneratorType):
-        return _stay_in_stream(gate, ticket, result)
+        return _admit_stream(gate, lambda: result, enter=hand_over_async)()
     if isinstance(result, CoroutineType):
-        return _stay_in_coroutine(gate, ticket, result)
-    return _stay_in_generator(gate, ticket, result)
-
-
-def _stay_in_generator(gate: Gate, ticket: Ticket, result: Any) -> Generator[Any, Any, Any]:
-    try:
-        return (yield from result)
-    finally:
-        del ticket
-        gate.leave()
-
-
-async def _stay_in_coroutine(gate: Gate, ticket: Ticket, result: Any) -> Any:
-    try:
-        return await result
-    finally:
-        del ticket
-        gate.leave()
-
-
-async def _stay_in_stream(gate: Gate, ticket: Ticket, result: Any) -> AsyncIterator[Any]:
-    try:
-        async for item in result:
-            yield item
-    finally:
-        del ticket
-        gate.leave()
+        return _admit_coroutine(gate, lambda: result, enter=hand_over_async)()
+    return _admit_generator(gate, lambda: result, enter=hand_over)()
 
 
 def runs_module(value: object) -> bool:
@@ -106,35 +98,66 @@ def admit(gate: Gate, function: Callable[..., Any], *, like: Callable[..., Any] 
         like: what says whether a generator or coroutine comes of it; `function` itself where None.
     """
     kind = function if like is None else like
+    what = f"pass in {getattr(kind, '__qualname__', type(kind).__name__)}"
     if inspect.isasyncgenfunction(kind):
-        return functools.wraps(function)(_admit_stream(gate, function))
+        return functools.wraps(function)(_admit_stream(gate, function, enter=lambda: gate.enter_async(what)))
     if inspect.iscoroutinefunction(kind):
-        return functools.wraps(function)(_admit_coroutine(gate, function))
+        return functools.wraps(function)(_admit_coroutine(gate, function, enter=lambda: gate.enter_async(what)))
     if inspect.isgeneratorfunction(kind):
-        return functools.wraps(function)(_admit_generator(gate, function))
+        return functools.wraps(function)(_admit_generator(gate, function, enter=lambda: gate.enter_extended(what)))
     return Passage(gate, function)
 
 
-def _admit_generator(gate: Gate, function: Callable[..., Any]) -> Callable[..., Generator[Any, Any, Any]]:
+def _admit_generator(
+    gate: Gate, function: Callable[..., Any], *, enter: Callable[[], Ticket]
+) -> Callable[..., Generator[Any, Any, Any]]:
     def run(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        with gate.reading():
+        ticket = enter()
+        try:
             return (yield from function(*args, **kwargs))
+        finally:
+            del ticket  # not left to the end of the frame, which the traceback of an error keeps
+            gate.leave()
 
     return run
 
 
-def _admit_coroutine(gate: Gate, function: Callable[..., Any]) -> Callable[..., Any]:
+def _admit_coroutine(
+    gate: Gate, function: Callable[..., Any], *, enter: Callable[[], Awaitable[Ticket]]
+) -> Callable[..., Coroutine[Any, Any, Any]]:
     async def run(*args: Any, **kwargs: Any) -> Any:
-        with gate.reading():
+        ticket = await enter()
+        try:
             return await function(*args, **kwargs)
+        finally:
+            del ticket
+            gate.leave()
 
     return run
 
 
-def _admit_stream(gate: Gate, function: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
-    async def run(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        with gate.reading():
-            async for item in function(*args, **kwargs):
-                yield item
+def _admit_stream(
+    gate: Gate, function: Callable[..., Any], *, enter: Callable[[], Awaitable[Ticket]]
+) -> Callable[..., AsyncGenerator[Any, Any]]:
+    async def run(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        ticket = await enter()
+        try:
+            async with contextlib.aclosing(function(*args, **kwargs)) as stream:  # its `finally` runs the module, too
+                step = stream.asend(None)
+                while True:  # as `yield from` does with a generator
+                    try:
+                        item = await step
+                    except StopAsyncIteration:
+                        return
+                    try:
+                        step = stream.asend((yield item))
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:  # noqa: BLE001 - whatever is thrown in is for the stream to take
+                        step = stream.athrow(error)
+                    gate.extend(ticket.mark)  # the next step may be another task's
+        finally:
+            del ticket
+            gate.leave()
 
     return run

@@ -34,7 +34,7 @@ from hotglm.slot.core import SlotCore
 from hotglm.slot.facade import ModuleFacade
 from hotglm.slot.forking import follow_forks
 from hotglm.slot.generation import Generation, State
-from hotglm.slot.holders import Holder, Session
+from hotglm.slot.holders import Holder
 from hotglm.slot.live_proof import LiveProof, verify_live
 from hotglm.slot.memory import MemoryPolicy
 from hotglm.slot.observer import find_holders, read_status, wait_drained
@@ -43,6 +43,7 @@ from hotglm.slot.publication import Expected, HistoryEntry
 from hotglm.slot.quantizing import verify_requantize
 from hotglm.slot.receipt import Receipt
 from hotglm.slot.requantize import Requantize
+from hotglm.slot.sessions import AsyncSession, Session, find_place
 from hotglm.slot.settings import SlotSettings, StageOptions, verify_settings
 from hotglm.slot.source import Source
 from hotglm.slot.staged import Staged
@@ -164,7 +165,11 @@ class ModuleSlot(ModuleFacade):
         Enter it once. Its memory is not reused until the session exits and everything taken from it is gone; use the
         generation's number in the key of anything cached from it.
         """
-        return Session(self._admission, sessions=self._core.sessions)
+        return Session(self._admission, sessions=self._core.sessions, place=find_place()).open()
+
+    def acquire_async(self) -> AsyncSession:
+        """Return `acquire` for `async with`: while a commit in place holds it back, the event loop goes on."""
+        return AsyncSession(self._admission, sessions=self._core.sessions, place=find_place())
 
     @property
     def live(self) -> Generation:

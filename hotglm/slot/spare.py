@@ -21,8 +21,9 @@ from hotglm.errors import ConflictError
 from hotglm.model.inspection import find_state
 from hotglm.slot.admission import Admission
 from hotglm.slot.generation import Generation, Retired
-from hotglm.slot.holders import Holder, Sessions, find_passes
+from hotglm.slot.holders import Holder, find_passes
 from hotglm.slot.memory import ArenaPool, DevicePlan, MemoryPlan, MemoryPolicy, read_available_nbytes, verify_fits
+from hotglm.slot.sessions import Sessions
 from hotglm.weights import places
 from hotglm.weights.arena import Arena, Lease
 from hotglm.weights.device import Device

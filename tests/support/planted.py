@@ -9,7 +9,8 @@ import torch
 
 import hotglm
 from hotglm.slot.admission import Admission
-from hotglm.slot.gate import Closing, Gate
+from hotglm.slot.closing import Closing
+from hotglm.slot.gate import Gate
 from hotglm.slot.generation import Retired
 from hotglm.slot.in_place import InPlaceAdmission
 from hotglm.slot.memory import ArenaPool
