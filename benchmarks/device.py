@@ -15,9 +15,9 @@ from typing import TypeAlias
 
 import torch
 
-from benchmarks import device_flip
-from benchmarks.bench import Bench, Row, Sample
-from benchmarks.device_setting import Setting, open_scratch
+from benchmarks import device_flip, device_proof
+from benchmarks.bench import Bench, Row
+from benchmarks.device_setting import Setting, open_scratch, to_note
 
 __all__ = ["PARTS", "gather", "measure"]
 
@@ -25,6 +25,7 @@ _Part: TypeAlias = Callable[[Bench, Setting], list[Row]]
 
 PARTS: dict[str, _Part] = {
     "flip": device_flip.measure,
+    "proof": device_proof.measure,
 }
 """What is measured, by the name that `--parts` takes, in the order of the table."""
 
@@ -32,7 +33,7 @@ PARTS: dict[str, _Part] = {
 def measure(bench: Bench) -> list[Row]:
     """Return the rows of all parts that are wanted, or one that says that there is no device."""
     if not torch.cuda.is_available():
-        return [_say("no device: nothing was measured", note="torch sees no CUDA device on this machine")]
+        return [to_note("no device: nothing was measured", note="torch sees no CUDA device on this machine")]
     wanted = {name: part for name, part in PARTS.items() if name in (bench.parts or PARTS)}
     with open_scratch(bench) as directory:
         return gather(wanted, bench, Setting.make(bench, directory))
@@ -58,19 +59,4 @@ def _measure(name: str, part: _Part, bench: Bench, setting: Setting) -> list[Row
         return part(bench, setting)
     except Exception as error:  # noqa: BLE001 - whatever one part dies of must not cost the rows of the others
         traceback.print_exc()
-        return [_say(f"part {name!r} failed", note=f"{type(error).__name__}: {error}")]
-
-
-def _say(name: str, *, note: str) -> Row:
-    nothing = Sample.of([0.0])
-    return Row(
-        group="device",
-        name=name,
-        hotglm=nothing,
-        peer=nothing,
-        peer_name="none",
-        unit="x",
-        ratio=0.0,
-        ratio_name="none",
-        note=" ".join(note.split()),
-    )
+        return [to_note(f"part {name!r} failed", note=f"{type(error).__name__}: {error}")]

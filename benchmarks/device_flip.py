@@ -7,9 +7,11 @@ Every row stands beside its peer, measured in the same run: the machine's own ra
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import threading
 import time
+from importlib.util import find_spec
 from statistics import quantiles
 
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 
 import hotglm
 from benchmarks.bench import MIB, Bench, Row, Sample, alternate, at_least, at_most, describe_size
-from benchmarks.device_setting import Setting, find_pinned_rate, timed, to_row
+from benchmarks.device_setting import Setting, find_pinned_rate, timed, to_note, to_row
 
 __all__ = ["measure"]
 
@@ -51,10 +53,10 @@ def _staging(bench: Bench, setting: Setting) -> list[Row]:
         torch.cuda.empty_cache()
         return duration
 
-    found = alternate(
-        {"plain": lambda: stage("plain"), "verified": lambda: stage("verified"), "load_file": load},
-        rounds=bench.rounds(5),
-    )
+    sides = {"plain": lambda: stage("plain"), "verified": lambda: stage("verified"), "load_file": load}
+    if find_spec("fastsafetensors") is not None:
+        sides["fastsafetensors"] = lambda: _load_fast(setting.paths[0])
+    found = alternate(sides, rounds=bench.rounds(5))
     pinned = Sample.of([setting.nbytes / find_pinned_rate()])
     size = describe_size(setting.nbytes)
     plain, verified = found["plain"], found["verified"]
@@ -77,6 +79,7 @@ def _staging(bench: Bench, setting: Setting) -> list[Row]:
             ratio_name="peer / hotglm",
             limit=5,
         ),
+        _compare_fast(found, size),
         to_row(
             f"the same, hashed and searched for NaN, {size}",
             ours=verified,
@@ -87,6 +90,35 @@ def _staging(bench: Bench, setting: Setting) -> list[Row]:
             limit=0.9,
         ),
     ]
+
+
+def _load_fast(path: str) -> float:
+    """Load a file with fastsafetensors, by way of its own pinned buffers: there is no GPUDirect storage."""
+    package = importlib.import_module("fastsafetensors")
+
+    def load() -> None:
+        with package.fastsafe_open([path], device="cuda:0", nogds=True) as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            del state
+
+    duration = timed(load)
+    torch.cuda.empty_cache()
+    return duration
+
+
+def _compare_fast(found: dict[str, Sample], size: str) -> Row:
+    name = f"file (page cache) to ready spare, {size}"
+    if "fastsafetensors" not in found:
+        return to_note(f"{name}, against fastsafetensors", note="fastsafetensors is not there; see docs/devices.md")
+    return to_row(
+        name,
+        ours=found["plain"],
+        peer=found["fastsafetensors"],
+        peer_name="fastsafetensors, without GPUDirect storage",
+        ratio=found["fastsafetensors"].median / found["plain"].median,
+        ratio_name="peer / hotglm",
+        limit=2,
+    )
 
 
 def _commit(bench: Bench, setting: Setting) -> list[Row]:

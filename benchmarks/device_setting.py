@@ -21,7 +21,7 @@ from torch import nn
 import hotglm
 from benchmarks.bench import MIB, Bench, Row, Sample, at_least
 
-__all__ = ["Setting", "Stack", "find_pinned_rate", "open_scratch", "timed", "to_row"]
+__all__ = ["Setting", "Stack", "find_pinned_rate", "open_scratch", "timed", "to_note", "to_row"]
 
 _FULL_NBYTES = 14 << 30
 _QUICK_NBYTES = 64 * MIB
@@ -130,4 +130,20 @@ def to_row(
         ratio_name=ratio_name,
         target=f">= {limit}x",
         met=at_least(ratio, limit),
+    )
+
+
+def to_note(name: str, *, note: str) -> Row:
+    """Return a row without figures, which says why there are none."""
+    nothing = Sample.of([0.0])
+    return Row(
+        group="device",
+        name=name,
+        hotglm=nothing,
+        peer=nothing,
+        peer_name="none",
+        unit="x",
+        ratio=0.0,
+        ratio_name="none",
+        note=" ".join(note.split()),
     )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import hotglm
-from hotglm.errors import DigestMismatchError, StageFailedError
+from hotglm.errors import DigestMismatchError, LiveMismatchError, StageFailedError
 from hotglm.weights import device_seals, handover, places
 from hotglm.weights.budget import Budget
 from hotglm.weights.digest import digest_tensor
@@ -265,6 +265,23 @@ def test_a_missing_fingerprint_costs_a_read_and_no_more(
     assert receipt.origins.copied_nbytes == count(make_state(1), "near")
     assert is_live(slot, make_state(1, second=2))
     assert slot.verify_live(quick=True).digest == slot.live.digest
+
+
+def test_weights_that_are_swapped_in_place_on_a_device_are_proved_and_copied(fakes: FakePlaces, tmp_path: Path) -> None:
+    """Addresses that stay make no difference: proofs, copies and what is written are as where versions take turns."""
+    slot = make_slot(fakes, swap=hotglm.InPlace())
+    for number, second in enumerate((1, 2, 3), start=1):
+        receipt = slot.update(save(tmp_path, number, make_state(1, second=second)))
+        assert is_live(slot, make_state(1, second=second))
+        assert (receipt.origins.drifted, receipt.origins.copied_nbytes > 0) == ((), number > 1)
+        for quick in (True, False):
+            assert slot.verify_live(quick=quick).digest == receipt.digest
+    flip(slot.live.module.state_dict()["first.weight"])
+    for quick in (True, False):
+        with pytest.raises(LiveMismatchError, match=r"first\.weight"):
+            slot.verify_live(quick=quick)
+    assert slot.update(save(tmp_path, 4, make_state(1, second=4))).origins.drifted == ("first.weight",)
+    assert is_live(slot, make_state(1, second=4))
 
 
 # -- deltas ------------------------------------------------------------------------------------------------------------

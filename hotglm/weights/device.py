@@ -25,7 +25,7 @@ From these follow the six things that staging has to do:
 - **A window that the device copies to is read by the host only after the event of that copy** (O3; `Window.fetch`),
   and what it reads is what was there when all work was done that the side stream was put behind: the work of the stream
   whose thread asks for a proof (`record_here`), and of every stream where the tensors came with the module, and were
-  published by nobody ("fetch", "proof").
+  published by nobody ("fetch" and "proof" in `tests/test_device_proof.py` and `tests/test_device_reuse.py`).
 - **A generation is published only after the event of its copies was seen to be done by the host** (`settle`). Then any
   pass, on any stream, that is submitted later reads what was copied (O3), and no pass needs to wait for anything; one
   event wait per pass would be the alternative ("publish").
