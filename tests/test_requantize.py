@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import hotglm
+from hotglm import seam
 from hotglm.errors import (
     ArgumentError,
     DefinitionError,
@@ -37,6 +38,7 @@ from hotglm.errors import (
 )
 from hotglm.model import registry
 from hotglm.model.wrappers import find_memory
+from hotglm.seam import Seam
 from hotglm.slot import spare
 from hotglm.slot.memory import read_available_nbytes
 from hotglm.weights.arena import ALIGNMENT
@@ -664,6 +666,40 @@ def test_a_rollback_target_outlives_a_quantiser_that_fails() -> None:
     refuse(slot, make_plain(3).state_dict(), StageFailedError)
     slot.rollback()
     assert same_bits(slot(X), KINDS["wrappers"].make(1)(X))
+
+
+def test_plain_layers_go_as_they_are_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer's plain memory is given back when quantize lets go of it, not when the stage ends."""
+    width, depth = 640, 4
+    nbytes = width * width * 4
+    maps: list[tuple[weakref.ref[Any], int]] = []
+
+    class Counted(Seam):
+        def map_anonymous(self, nbytes: int) -> Any:
+            made = super().map_anonymous(nbytes)
+            maps.append((weakref.ref(made), nbytes))
+            return made
+
+    def build() -> Any:
+        return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+
+    held: list[int] = []
+
+    def quantize(model: Any) -> None:
+        for index in range(depth):
+            model[index] = Int8Linear(model[index])
+            held.append(sum(size for made, size in maps if made() is not None))
+
+    cold = build()
+    replace_layers(cold)
+    slot = hotglm.ModuleSlot(
+        cold, name="m", version="1.0.0", requantize=hotglm.Requantize(build=build, quantize=quantize)
+    )
+    monkeypatch.setattr(seam, "active", Counted())
+    slot.update(build().state_dict(), version="1.0.1")
+    before = held[0] + nbytes
+    assert held == [before - (index + 1) * nbytes for index in range(depth)]
+    assert held[-1] < nbytes  # the biases, which are used as they are
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -53,10 +53,10 @@ from hotglm.slot.stage_request import StageRequest
 from hotglm.slot.staged import StageRecord
 from hotglm.slot.targets import find_targets
 from hotglm.weights import places
-from hotglm.weights.arena import Arena
 from hotglm.weights.exhaustion import is_out_of_memory
 from hotglm.weights.layout import Layout
 from hotglm.weights.pace import AtWill, Pace
+from hotglm.weights.scattered import ScatteredArena
 from hotglm.weights.split_arena import SplitArena
 
 __all__ = ["find_plain", "quantize_offer", "verify_requantize"]
@@ -213,7 +213,8 @@ class _Work:
         self._weights = QuantizedFrom(digest=digest, digests=dict(loaded.digests), nbytes=self._code.offer.nbytes)
         record.refreshed = refresh_derived(twin, loaded, refresh=request.refresh)
         self._module: nn.Module = twin.module
-        self._lease = taken.lease
+        # What is queued on a device may still read weights that nobody refers to; elsewhere they go one by one.
+        self._lease = taken.lease if self._layout.regions else None
 
     def quantize(self) -> tuple[StageRequest, Code]:
         """Let the user quantise the plain model, and return what is left to do with what came of it."""
@@ -225,8 +226,9 @@ class _Work:
         with record.timed("quantize", nbytes=nbytes):
             request.report(Progress(part="quantize", done_nbytes=0, total_nbytes=nbytes))
             made = self._run()
-            self._lease.settle_passes()  # what it has queued on a device reads the plain weights, which now may go
-            del self._lease
+            if self._lease is not None:
+                self._lease.settle_passes()
+            self._lease = None
             request.report(Progress(part="quantize", done_nbytes=nbytes, total_nbytes=nbytes))
         request.cancellation.raise_if_cancelled()
         with _named_after_quantize():
@@ -293,7 +295,7 @@ class _Work:
 
 
 def _take(layout: Layout) -> TakenSpare:
-    arena = SplitArena(layout.regions) if layout.regions else Arena(layout.nbytes)
+    arena = SplitArena(layout.regions) if layout.regions else ScatteredArena(layout)
     return TakenSpare(arena=arena, lease=arena.lend(layout.regions), is_fresh=True)
 
 
