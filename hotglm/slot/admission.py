@@ -179,6 +179,11 @@ class Admission:
     def leave(self) -> None:
         """Note that a session has ended."""
 
+    @property
+    def image(self) -> str:
+        """Where the image of what is on a device is staged; see `InPlace.image`."""
+        return "device"
+
     def reading(self) -> contextlib.AbstractContextManager[None]:
         """Return what a stage holds while it reads the tensors of the live module."""
         return contextlib.nullcontext()

@@ -22,6 +22,7 @@ from hotglm.model.captured import find_captures
 from hotglm.model.inspection import find_state
 from hotglm.model.references import is_a
 from hotglm.model.scripted import is_script
+from hotglm.slot.placing import find_devices
 from hotglm.slot.policies import Flip, InPlace, SwapChoice
 
 __all__ = ["choose_swap"]
@@ -41,8 +42,18 @@ def choose_swap(swap: Flip | InPlace | Literal["auto"] | None, module: nn.Module
         return SwapChoice(policy=Flip(), reason="nothing else was asked for")
     reason = next(_find_reasons(module), None)
     if reason is None:
+        reason = next(_find_scarce(module), None)
+    if reason is None:
         return SwapChoice(policy=Flip(), reason="nobody was found who needs the tensors to stay where they are")
     return SwapChoice(policy=InPlace(), reason=reason)
+
+
+def _find_scarce(module: nn.Module) -> Iterator[str]:
+    """Yield the devices that have no room for a second copy; one on the host does for a swap in place."""
+    for device, nbytes in find_devices(list(find_state(module))):
+        available = device.read_free_nbytes()
+        if nbytes > available:
+            yield f"two copies do not fit on {device.name}, which has {available} bytes for another {nbytes}"
 
 
 def _find_reasons(module: nn.Module) -> Iterator[str]:

@@ -83,6 +83,11 @@ class InPlaceAdmission(Admission):
         """Wake a commit that waits for the last session."""
         self.gate.leave()
 
+    @property
+    def image(self) -> str:
+        """Where the image of what is on a device is staged."""
+        return self._policy.image
+
     def reading(self) -> contextlib.AbstractContextManager[None]:
         """Be inside, as a pass is, while a stage reads the live tensors."""
         return self.gate.reading()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from hotglm.errors import ArgumentError, MemoryPlanError
 from hotglm.weights.arena import Arena
 from hotglm.weights.layout import Region
+from hotglm.weights.pinned_arena import PinnedArena
 from hotglm.weights.split_arena import SplitArena
 
 __all__ = [
@@ -100,6 +101,7 @@ class MemoryPlan:
         allocates_nbytes: fresh memory, 0 where an arena is reused.
         available_nbytes: what the machine and its limits left when the plan was made; of the processor's memory.
         devices: the parts that are not in the processor's memory.
+        image: where the image of what is exchanged in place lies, and why, if not where the live weights are.
         beside_nbytes: what is held beside the spare until the stage ends: where plain weights are quantised, these and
             what becomes of them.
     """
@@ -111,6 +113,7 @@ class MemoryPlan:
     available_nbytes: int
     devices: tuple[DevicePlan, ...] = ()
     beside_nbytes: int = 0
+    image: str = ""
 
     def explain(self) -> str:
         """Return the plan as one sentence."""
@@ -131,7 +134,8 @@ class MemoryPlan:
             if self.beside_nbytes
             else ""
         )
-        return f"The spare takes {self.nbytes} bytes from {origin}{parts}{given_up}.{beside}"
+        image = f" The image lies in {self.image}." if self.image else ""
+        return f"The spare takes {self.nbytes} bytes from {origin}{parts}{given_up}.{beside}{image}"
 
 
 class ArenaPool:
@@ -166,7 +170,7 @@ class ArenaPool:
         """
         self._arenas = [arena for arena in self._arenas if not arena.is_free or arena.fits(nbytes, regions)]
         self._given_up = [(lease, held) for lease, held in self._given_up if lease() is not None]
-        arena = SplitArena(regions) if regions else Arena(nbytes)
+        arena = _make_arena(nbytes, regions)
         self._arenas.append(arena)
         return arena
 
@@ -199,6 +203,13 @@ class ArenaPool:
     def free_nbytes(self) -> int:
         """Bytes in them."""
         return sum(arena.nbytes for arena in self.free)
+
+
+def _make_arena(nbytes: int, regions: tuple[Region, ...]) -> Arena:
+    if not regions:
+        return Arena(nbytes)
+    pinned_for = regions[0].pinned_for
+    return SplitArena(regions) if pinned_for is None else PinnedArena(nbytes, device=pinned_for)
 
 
 def verify_fits(

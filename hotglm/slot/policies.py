@@ -6,6 +6,7 @@ Rules this module keeps: a policy is data that the user names; what a swap in pl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hotglm.errors import ArgumentError
 
@@ -28,21 +29,26 @@ class InPlace:
         timeout_s: how long a commit holds new passes back at most for running ones to end, in seconds; then it fails,
             names them, and nothing has changed.
         num_threads: threads that copy; None means one for each core, at most four, and one for little.
+        image: where versions for a device are staged: `"device"`, beside what is live; `"host"`, in pinned memory,
+            which takes next to nothing of the device; `"auto"`, on the device where it has room. An image on the host
+            cannot be run, so it is proved by digests and finite values alone.
     """
 
     timeout_s: float = 5.0
     num_threads: int | None = None
+    image: Literal["auto", "device", "host"] = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant.
 
         Raises:
-            ArgumentError: a negative time, or no thread.
+            ArgumentError: a negative time, no thread, or no such place.
         """
-        if not self.timeout_s >= 0 or (self.num_threads is not None and self.num_threads < 1):
+        is_bad = not self.timeout_s >= 0 or (self.num_threads is not None and self.num_threads < 1)
+        if is_bad or self.image not in ("auto", "device", "host"):
             raise ArgumentError(
-                f"Expected a time of 0 s or more and at least one thread, got {self}.",
-                remedy="leave num_threads out for as many as there are cores.",
+                f'Expected a time of 0 s or more, at least one thread, and "auto", "device" or "host", got {self}.',
+                remedy="leave num_threads out for as many as there are cores, and image to be found out.",
             )
 
 

@@ -99,7 +99,7 @@ class _Stage:
         with record.timed("plan"):
             entries = list(find_state(code.module))
             beside_nbytes = 0 if record.plan is None else record.plan.beside_nbytes  # of weights that were quantised
-            layout, plan = plan_image(self._spares, entries, live=self._request.live.module)
+            layout, plan = plan_image(self._request, self._spares, entries, module=code.module)
             record.plan = replace(plan, beside_nbytes=beside_nbytes)
             loading = self._plan_loading(code.contract, stack)
             if record.plan.retires:  # what would fail later must fail before the rollback target is given up

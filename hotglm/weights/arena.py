@@ -201,6 +201,10 @@ class Arena:
         """
         if not self.is_free:
             raise RuntimeError("the arena is still lent; wait until it is free or take another")
-        memory = (ctypes.c_char * len(self._memory)).from_buffer(self._memory)
+        memory = self._overlay()
         self._lease = weakref.ref(memory)
         return Lease(memory, nbytes=self.nbytes)
+
+    def _overlay(self) -> ctypes.Array[ctypes.c_char]:
+        """Return an array over the memory, which holds it; see `[Note: lease]`."""
+        return (ctypes.c_char * len(self._memory)).from_buffer(self._memory)

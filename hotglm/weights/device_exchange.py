@@ -49,19 +49,19 @@ from dataclasses import dataclass
 
 import torch
 
-from hotglm.weights.device import Device, Event
+from hotglm.weights.device import DEVICE_ALIGNMENT, Device, Event
 from hotglm.weights.device_arena import DeviceArena
 from hotglm.weights.exchange import Pair, flatten, is_dense
 
-__all__ = ["Copies", "DeviceExchange", "find_room", "view_words"]
+__all__ = ["Copies", "DeviceExchange", "find_extent", "find_room", "view_words"]
 
 _MIN_ROOM_NBYTES = 1 << 20
 _MAX_ROOM_NBYTES = 256 << 20
 _ROOM_SHARE = 64
 """Room of a 64th of the weights: as many steps, few enough that a busy interpreter does not hold them up for long."""
 
-_GAP_NBYTES = 64
-"""What is less between two tensors of an arena is padding, and belongs to nobody (`ALIGNMENT`, weights/arena.py)."""
+_GAP_NBYTES = DEVICE_ALIGNMENT
+"""What is less between two tensors of an arena is padding, and belongs to nobody."""
 
 _WORD_NBYTES = 8
 
@@ -183,10 +183,11 @@ def _has_room(pair: Pair, block: DeviceArena) -> bool:
     offset = block.find_offset(pair.image)
     if offset is None or not pair.nbytes:
         return False
-    return is_dense(pair.live) or _find_extent(pair.image) <= block.room_nbytes
+    return is_dense(pair.live) or find_extent(pair.image) <= block.room_nbytes
 
 
-def _find_extent(tensor: torch.Tensor) -> int:
+def find_extent(tensor: torch.Tensor) -> int:
+    """Return the bytes from the first to the last element of a tensor that is not empty."""
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
@@ -213,7 +214,7 @@ def _find_parts(pairs: Iterable[Pair], block: DeviceArena) -> Iterator[_Part]:
             yield from _cut(start, pair, block)
         else:
             yield _part_with_gaps(start, pair, block)
-        end = start + _find_extent(pair.image)
+        end = start + find_extent(pair.image)
     yield from _find_gap(end, block.nbytes - block.room_nbytes, block)
 
 
@@ -228,7 +229,7 @@ def _cut(start: int, pair: Pair, block: DeviceArena) -> Iterator[_Part]:
 
 
 def _part_with_gaps(start: int, pair: Pair, block: DeviceArena) -> _Part:
-    live, image, nbytes = pair.live.detach(), pair.image.detach(), _find_extent(pair.image)
+    live, image, nbytes = pair.live.detach(), pair.image.detach(), find_extent(pair.image)
     flat = block.range(start + block.room_nbytes, nbytes).view(image.dtype)
     return _Part(live, image, flat.as_strided(image.shape, image.stride()), start=start, stop=start + nbytes)
 

@@ -7,16 +7,16 @@ first and are waited for last; what was begun anywhere is undone everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from hotglm.weights import places
+from hotglm.weights.arena import Arena
 from hotglm.weights.device import Device, Event
 from hotglm.weights.device_exchange import DeviceExchange
 from hotglm.weights.exchange import Exchange, Pair
+from hotglm.weights.host_exchange import HostExchange
+from hotglm.weights.pinned_arena import PinnedArena
 from hotglm.weights.split_arena import SplitArena
-
-if TYPE_CHECKING:
-    from hotglm.weights.arena import Arena
 
 __all__ = ["Exchanges", "make_exchanges"]
 
@@ -83,7 +83,7 @@ def make_exchanges(pairs: Sequence[Pair], *, arena: Arena | None, num_threads: i
     """Return the exchange of all pairs, made ready to run.
 
     Args:
-        pairs: which overlap each other nowhere; both sides of each on one device.
+        pairs: which overlap each other nowhere; the images of those on devices are there, or all in one pinned arena.
         arena: that of the images.
         num_threads: of the processor's part; see `Exchange`.
 
@@ -98,6 +98,9 @@ def make_exchanges(pairs: Sequence[Pair], *, arena: Arena | None, num_threads: i
             here.append(pair)
         else:
             parts.setdefault(device.name, (device, []))[1].append(pair)
+    if isinstance(arena, PinnedArena):
+        hosted = [HostExchange(device, of_device, arena=arena) for device, of_device in parts.values()]
+        return Exchanges(Exchange(here, num_threads=num_threads), hosted)
     blocks = {block.device.name: block for block in arena.blocks} if isinstance(arena, SplitArena) else {}
     devices = [DeviceExchange(device, of_device, block=blocks.get(name)) for name, (device, of_device) in parts.items()]
     return Exchanges(Exchange(here, num_threads=num_threads), devices)

@@ -226,6 +226,11 @@ class FakeDevice:
         """Queue a kernel."""
         self.put(stream, Work(run=run))
 
+    def delay(self, stream: str, num_steps: int) -> None:
+        """Have what is submitted to a stream next wait for a kernel that takes long."""
+        with self.lock:
+            self.streams.setdefault(stream, deque()).extend(Work(run=lambda: None) for _ in range(num_steps))
+
     def reading(self, weight: torch.Tensor, found: torch.Tensor, *, times: int = 1) -> Callable[[], object]:
         """Return a kernel that reads `weight` by its address, and writes it, `times` times, to `found` by its own."""
         source, count, target = weight.data_ptr(), weight.numel(), found.data_ptr()
