@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import torch
 
-from benchmarks import device_flip, device_proof
+from benchmarks import device_compiled, device_flip, device_proof
 from benchmarks.bench import Bench, Row
 from benchmarks.device_setting import Setting, open_scratch, to_note
 
@@ -26,6 +26,7 @@ _Part: TypeAlias = Callable[[Bench, Setting], list[Row]]
 PARTS: dict[str, _Part] = {
     "flip": device_flip.measure,
     "proof": device_proof.measure,
+    "compiled": device_compiled.measure,
 }
 """What is measured, by the name that `--parts` takes, in the order of the table."""
 

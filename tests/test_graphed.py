@@ -196,6 +196,20 @@ def test_compiled_code_runs_inside_the_graph(bench: Bench) -> None:
     assert bench.recorder.num_replayed == 5
 
 
+def test_in_place_the_graphs_of_the_live_module_stay(bench: Bench) -> None:
+    """Addresses stay and so do graphs: nothing is captured, and replays read the weights written there."""
+    policy = hotglm.StagePolicy(warm_up=(X,))
+    slot = bench.slot(swap=hotglm.InPlace(timeout_s=5.0), policy=policy)
+    for seed in range(4):
+        receipt = slot.update(state(seed), version=f"1.0.{seed + 1}")
+        assert receipt.recaptures == 0
+        assert same_bits(bench.run(slot), cold(seed))
+    slot.rollback()
+    assert same_bits(bench.run(slot), cold(2))
+    counts = count_graphs(slot)
+    assert (counts.captured, counts.replayed, dict(counts.missed)) == (2, 5, {})
+
+
 # -- passes without a graph --------------------------------------------------------------------------------------------
 
 
