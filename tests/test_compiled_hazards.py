@@ -60,6 +60,28 @@ def test_freezing_that_is_turned_on_later_is_refused(frozen: Frozen) -> None:
     assert slot.status().num_refused == 1
 
 
+def test_freezing_that_was_on_for_one_pass_is_refused(frozen: Frozen) -> None:
+    """What a pass has had compiled under freezing holds constants, though it was off before and after."""
+    model: Any = torch.compile(nn.Sequential(nn.Linear(WIDTH, WIDTH)).eval())
+    slot = hotglm.ModuleSlot(model, name="model", version="1.0.0", swap=hotglm.InPlace())
+    with frozen.config.patch(freezing=True), torch.no_grad():
+        before = slot(X)
+        tensors = {name: tensor.clone() for name, tensor in slot.state_dict().items()}
+        for tensor in slot.live.module.state_dict().values():
+            tensor.zero_()
+        assert same_bits(slot(X), before)  # the hazard
+        slot.live.module.load_state_dict(tensors)
+    with torch.no_grad():
+        with pytest.raises(UnswappableError) as caught:
+            slot.update(draw(slot, 1), version="1.0.1")
+        assert caught.value.code == "CANNOT_SWAP_FROZEN"
+        assert same_bits(slot(X), before)
+        torch._dynamo.reset()
+        state = draw(slot, 1)
+        slot.update(state, version="1.0.1")
+        assert same_bits(slot(X), nn.functional.linear(X, state["0.weight"], state["0.bias"]))
+
+
 def test_frozen_methods_and_options_are_refused(frozen: Frozen) -> None:
     """Freezing is found in the options of one compiled method; other compilers know no freezing."""
     with pytest.raises(UnswappableError, match="fast"):

@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from hotglm.model.compiled import CompiledCall, find_calls
-from hotglm.model.grad_mode import GradMode
 
 __all__ = ["Compilations", "count_captured", "count_compiled", "counting", "forget_compiled", "listen"]
 
@@ -73,9 +72,9 @@ def count_captured(module: nn.Module) -> int:
     return sum(call.num_captured for _, call in find_calls(module))
 
 
-def forget_compiled(module: nn.Module) -> None:
+def forget_compiled(calls: Iterable[CompiledCall]) -> None:
     """Begin to count anew, when warm-up is over and passes are to come."""
-    for _, call in find_calls(module):
+    for call in calls:
         call.num_compiled = call.num_captured = 0
 
 
@@ -91,7 +90,7 @@ def _note(*args: Any) -> None:
         call.num_captured += 1
     elif call is not None:
         call.num_compiled += 1
-        call.recipe.modes.add(GradMode.current())
+        call.recipe.note_compiling()
 
 
 def _find_pass() -> CompiledCall | None:

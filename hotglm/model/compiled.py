@@ -44,6 +44,7 @@ __all__ = [
     "find_modes",
     "find_recipe",
     "is_compiled",
+    "is_freezing",
     "is_optimized",
     "rebind",
     "settle",
@@ -57,7 +58,7 @@ COMPILED_CALL = "_compiled_call_impl"
 class Recipe:
     """How something was compiled: torch's context, and the call that it makes for any module of one class."""
 
-    __slots__ = ("_calls", "context", "is_wrapped", "modes")
+    __slots__ = ("_calls", "_frozen_in", "context", "is_wrapped", "modes")
 
     def __init__(self, context: Callable[[Any], Any], *, is_wrapped: bool) -> None:
         """Note the context, and whether torch compiled from inside a frame of its own."""
@@ -65,6 +66,18 @@ class Recipe:
         self.is_wrapped = is_wrapped
         self.modes: set[GradMode] = set()  # in which passes have had something compiled
         self._calls: dict[object, Callable[..., Any]] = {}
+        self._frozen_in: int | None = None
+
+    def note_compiling(self) -> None:
+        """Note in which modes a pass has something compiled, in the thread that compiles."""
+        self.modes.add(GradMode.current())
+        if is_freezing():
+            self._frozen_in = CompiledCall.epoch
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether a pass has had something compiled under inductor's freezing that Dynamo has not forgotten since."""
+        return self._frozen_in == CompiledCall.epoch
 
     def call_of(self, cls: type[nn.Module]) -> Callable[..., Any]:
         """Return the compiled call of modules of `cls`: a function of the module and its inputs."""
@@ -132,6 +145,11 @@ class CompiledCall:
         if module is None or self.hooks is None or self._epoch != CompiledCall.epoch:
             return ()
         return tuple(dict.fromkeys(path for path, *rest in find_hooks(module) if (path, *rest) not in self.hooks))
+
+
+def is_freezing() -> bool:
+    """Whether inductor would make constants of the weights of what the calling thread compiles now."""
+    return bool(getattr(sys.modules.get("torch._inductor.config"), "freezing", False))
 
 
 def find_hooks(module: nn.Module) -> Iterator[tuple[str, str, int, int]]:

@@ -6,7 +6,9 @@ Rules this module keeps: everything found is named at once, with what to do inst
 [Note: freezing]
 Under inductor's freezing the weights become constants of the code. Each generation is then compiled for itself, until
 Dynamo gives up and runs it eagerly for ever; and a write in place reaches nothing. torch reads the setting when it
-compiles, and a context remembers what it was when `torch.compile` was called, so both are asked.
+compiles, and a context remembers what it was when `torch.compile` was called, so both are asked; and what it was when
+a pass of the slot had something compiled is noted then (`Recipe.note_compiling`). Passes before there was a slot are
+not seen.
 
 [Note: late hooks]
 Dynamo looks at the hooks of the parts below a compiled module once, when it compiles, and does not guard them
@@ -23,7 +25,7 @@ from torch import nn
 
 from hotglm.errors import Problem, UnswappableError, shorten_repr
 from hotglm.model.captured import verify_uncaptured
-from hotglm.model.compiled import Recipe, find_calls, find_recipe
+from hotglm.model.compiled import Recipe, find_calls, find_recipe, is_freezing
 
 __all__ = ["verify_swappable"]
 
@@ -51,11 +53,10 @@ def verify_swappable(module: nn.Module, *, is_fixed: bool = False) -> None:
 
 
 def _find_frozen(module: nn.Module) -> Iterator[Problem]:
-    inductor = sys.modules.get("torch._inductor.config")
-    is_on = bool(getattr(inductor, "freezing", False))
+    is_on = is_freezing()
     for where, recipe in _find_recipes(module):
         settings: Any = getattr(recipe.context, "compiler_config", None)
-        if settings is not None and (is_on or settings.get("freezing", False)):
+        if settings is not None and (is_on or recipe.is_frozen or settings.get("freezing", False)):
             message = f"Expected {shorten_repr(where)} to be compiled without freezing, got constants for weights"
             yield Problem(code="CANNOT_SWAP_FROZEN", message=message)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hotglm.model.compiled import CompiledCall
 from hotglm.slot.claim import Claim
 from hotglm.slot.generation import Generation
 from hotglm.slot.publication import Publication
@@ -52,12 +53,14 @@ class Ready:
         exchange: of them with the live ones.
         digests: of derived tensors among them.
         loose: tensors of the live module that are neither parameters nor buffers that files carry.
+        calls: its compiled parts, which begin to count anew.
     """
 
     generation: Generation
     exchange: Exchanges
     digests: dict[str, str]
     loose: tuple[Any, ...]
+    calls: tuple[CompiledCall, ...]
 
 
 def digest_where_it_is(tensor: torch.Tensor) -> str:

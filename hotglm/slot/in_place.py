@@ -28,6 +28,8 @@ from typing import Any
 from torch import nn
 
 from hotglm.errors import DrainTimeoutError, Problem, ReentrantError, StageFailedError, UnswappableError
+from hotglm.model.compilations import forget_compiled
+from hotglm.model.compiled import find_calls
 from hotglm.model.derived import Marks
 from hotglm.model.pairing import find_moved, pair_states, read_addresses
 from hotglm.model.twin import find_loose_tensors
@@ -285,6 +287,7 @@ class InPlaceAdmission(Admission):
             exchange=make_exchanges(generation.pairs, arena=generation.arena, num_threads=self._policy.num_threads),
             digests={pair.name: digest_where_it_is(pair.image) for pair in generation.pairs if pair.is_derived},
             loose=find_loose_tensors(module),
+            calls=tuple(call for _, call in find_calls(module)),
         )
 
     def _wait_until_empty(self, closing: Closing, unwanted: threading.Event) -> None:
@@ -336,6 +339,7 @@ class InPlaceAdmission(Admission):
             new = replace(change.follow(old, live, displaced), record=record)
             change.outcome = (old, new)
             self.live = new  # the point of no return
+            forget_compiled(ready.calls)  # of a module that does not change
 
     def _record(self, ready: Ready, *, num_inside: int, waited_s: float, copied_s: float) -> InPlaceRecord:
         pairs = ready.generation.pairs

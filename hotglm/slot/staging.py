@@ -23,7 +23,7 @@ from hotglm.contract import Contract
 from hotglm.errors import Problem, RefreshError
 from hotglm.model.captured import leave_graph_trees
 from hotglm.model.compilations import counting, forget_compiled
-from hotglm.model.compiled import adopt_compiled, compile_as
+from hotglm.model.compiled import adopt_compiled, compile_as, find_calls
 from hotglm.model.derived import Marks
 from hotglm.model.graphed import prepare_graphs
 from hotglm.model.inspection import StateEntry, contract_of, find_state
@@ -209,7 +209,7 @@ class _Stage:
             proved = run_checks(twin.module, policy=request.policy, mode=request.mode)
         record.recompiles = compilations.num_compiled
         record.recaptures = compilations.num_captured + num_captured
-        forget_compiled(twin.module)
+        forget_compiled(call for _, call in find_calls(twin.module))
         # What passes, checks and refreshes have queued is over before anybody can see what it wrote ("publish" in
         # [Note: streams], weights/device.py).
         taken.lease.settle_passes()

@@ -54,10 +54,10 @@ class Status:
         arenas_nbytes: bytes in arenas, those left to outside holders included.
         num_refused: stages refused so far.
         last_refusal: text of the latest refusal, empty if there was none.
-        recompiles: how often passes of the live generation had torch compile something since it was staged; 0 where
-            staging has warmed up all that passes need. Compiled modules only (docs/compiled.md).
-        recaptures: how often torch recorded a device graph in them, likewise (torch tells from 2.8 on); in place, since
-            the slot was made.
+        recompiles: how often passes of the live generation had torch compile something since it was staged (in place:
+            since it became live); 0 where staging has warmed up all that passes need. Compiled modules only
+            (docs/compiled.md).
+        recaptures: how often torch recorded a device graph in them, likewise (torch tells from 2.8 on).
         closed: whether the slot takes updates no longer.
         swap: which swap policy it has, and why.
         watchers: what the watchers of this slot are doing.
