@@ -161,9 +161,13 @@ def test_a_device_without_room_for_scratch_has_no_fingerprints(monkeypatch: pyte
     def fail(*args: Any, **kwargs: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("planted")
 
-    plain = torch.randn(8, 8)
+    plain, device = torch.randn(8, 8), make_device()
+    device.free_nbytes = device_seals._SPARE * device_seals._SECTION_NBYTES - 1
+    assert take_fingerprints([plain], device) == [None]  # which is asked first: torch would empty its cache
+    device.free_nbytes += 1
+    assert take_fingerprints([plain], device) != [None]
     monkeypatch.setattr(torch, "zeros", fail)
-    assert take_fingerprints([plain], make_device()) == [None]
+    assert take_fingerprints([plain], device) == [None]
 
 
 # -- fetching ----------------------------------------------------------------------------------------------------------

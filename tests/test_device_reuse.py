@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import hotglm
-from hotglm.errors import DigestMismatchError, LiveMismatchError, StageFailedError
+from hotglm.errors import DigestMismatchError, LiveMismatchError, NonFiniteError, StageFailedError
 from hotglm.weights import device_seals, handover, places
 from hotglm.weights.budget import Budget
 from hotglm.weights.digest import digest_tensor
@@ -282,6 +282,19 @@ def test_weights_that_are_swapped_in_place_on_a_device_are_proved_and_copied(fak
             slot.verify_live(quick=quick)
     assert slot.update(save(tmp_path, 4, make_state(1, second=4))).origins.drifted == ("first.weight",)
     assert is_live(slot, make_state(1, second=4))
+
+
+def test_infinity_that_is_live_is_found_when_it_is_asked_for(fakes: FakePlaces, tmp_path: Path) -> None:
+    """What was loaded unsearched is searched when it is copied by a stage that searches; the live version serves on."""
+    slot, state = make_slot(fakes, policy=hotglm.StagePolicy(finite=False)), make_state(1)
+    state["first.weight"][3, 4] = torch.inf
+    slot.update(save(tmp_path, 1, state))
+    path = save(tmp_path, 2, {**state, "second.weight": torch.ones(8, 60)})
+    with pytest.raises(NonFiniteError, match=r"first\.weight"):
+        slot.update(path, policy=hotglm.StagePolicy(finite=True))
+    assert slot.verify_live(quick=True).digest == slot.verify_live().digest == slot.live.digest
+    slot.update(path)
+    assert torch.equal(slot.live.module.get_parameter("second.weight"), torch.ones(8, 60))
 
 
 # -- deltas ------------------------------------------------------------------------------------------------------------

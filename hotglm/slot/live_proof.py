@@ -17,7 +17,7 @@ import functools
 import queue
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from hotglm.errors import LiveMismatchError, Problem
@@ -29,8 +29,9 @@ from hotglm.slot.live import find_kept
 from hotglm.version import Version
 from hotglm.weights import places
 from hotglm.weights.device import Device
-from hotglm.weights.device_seals import find_unchanged, seal_on_device
+from hotglm.weights.device_seals import take_fingerprints
 from hotglm.weights.digest import combine_digests
+from hotglm.weights.download import digest_on_device
 from hotglm.weights.pace import AT_WILL, AtWill, Pace, make_pace
 from hotglm.weights.seals import Seal, matches_seal, seal_tensor
 from hotglm.weights.supply import Kept
@@ -110,7 +111,12 @@ class _Reading:
             )
             for name, tensor in entries.items()
         }
+        self._known: dict[str, Kept] = {}
+        for name, first in self._firsts.items():
+            if name in self._kept:
+                self._known.setdefault(first, self._kept[name])
         self._found: dict[str, Seal] = {}
+        self._fingerprints: dict[str, int | None] = {}
         self._nbytes = sum(self._count_nbytes(name) for name in self._first.values())
         self._devices = {name: places.active.find(entries[name]) for name in self._first.values()}
 
@@ -124,7 +130,7 @@ class _Reading:
 
         def work() -> None:
             try:
-                for plan in (self._plan_quick, self._plan_rest):
+                for plan in (self._plan_look, self._plan_rest, self._plan_second_look):
                     run_tasks(
                         plan(ended, cancellation),
                         num_threads=num_threads or (1 if is_slow else min(_MAX_THREADS, max(1, count_cores() - 1))),
@@ -164,21 +170,28 @@ class _Reading:
             with device.staging():
                 device.wait_for(device.record_here() if self._generation.arena else device.record_passes())
 
-    def _plan_quick(self, ended: _Ended, cancellation: Cancellation) -> list[Callable[[], None]]:
-        """Return the tasks that compare fingerprints on devices: one for each."""
-        devices = self._find_devices() if self._quick else ()
-        return [functools.partial(self._look, device, ended, cancellation) for device in devices]
+    def _plan_look(self, ended: _Ended, cancellation: Cancellation) -> list[Callable[[], None]]:
+        """Return the tasks that take fingerprints on devices, one for each; those that are known are proof enough."""
+        return [functools.partial(self._look, device, ended, cancellation) for device in self._find_devices()]
 
     def _find_devices(self) -> tuple[Device, ...]:
         return tuple({device.name: device for device in self._devices.values() if device is not None}.values())
 
     def _look(self, device: Device, ended: _Ended, cancellation: Cancellation) -> None:
         mine = [name for name, other in self._devices.items() if other is device]
-        seals = {name: kept.seal for name in mine if (kept := self._find_kept(name)) is not None}
-        tensors = {name: self._tensors[name] for name in seals}
-        for name in find_unchanged(tensors, seals, device, pause=cancellation.raise_if_cancelled):
-            self._found[name] = seals[name]
-            ended.put(self._count_nbytes(name))
+        self._fingerprints |= self._take_fingerprints(mine, device, cancellation)
+        for name in mine if self._quick else ():
+            fingerprint, kept = self._fingerprints[name], self._known.get(name)
+            if fingerprint is None or kept is None or kept.seal.stride != self._tensors[name].stride():
+                continue
+            if kept.seal.fingerprint == fingerprint:
+                self._found[name] = kept.seal
+                ended.put(self._count_nbytes(name))
+
+    def _take_fingerprints(self, names: list[str], device: Device, cancellation: Cancellation) -> dict[str, int | None]:
+        tensors = [self._tensors[name] for name in names]
+        found = take_fingerprints(tensors, device, pause=cancellation.raise_if_cancelled)
+        return dict(zip(names, found, strict=True))
 
     def _plan_rest(self, ended: _Ended, cancellation: Cancellation) -> list[Callable[[], None]]:
         """Return the tasks that read what was not found yet; the largest first."""
@@ -186,17 +199,26 @@ class _Reading:
         return [functools.partial(self._read, name, ended, cancellation) for name in names if name not in self._found]
 
     def _read(self, name: str, ended: _Ended, cancellation: Cancellation) -> None:
-        tensor, kept, device = self._tensors[name], self._find_kept(name), self._devices[name]
+        tensor, kept, device = self._tensors[name], self._known.get(name), self._devices[name]
         if device is not None:
-            self._found[name] = seal_on_device(tensor, device, cancellation=cancellation)
+            self._found[name] = Seal(digest=digest_on_device(tensor, device, cancellation=cancellation))
         elif self._quick and kept is not None and matches_seal(tensor, kept.seal):
             self._found[name] = kept.seal
         else:
             self._found[name] = seal_tensor(tensor, digest=None, is_finite=False)
         ended.put(self._count_nbytes(name))
 
-    def _find_kept(self, first: str) -> Kept | None:
-        return next((self._kept[n] for n, other in self._firsts.items() if other == first and n in self._kept), None)
+    def _plan_second_look(self, ended: _Ended, cancellation: Cancellation) -> list[Callable[[], None]]:
+        """Return the tasks that take fingerprints again: what did not change is of the bytes that were hashed."""
+        del ended
+        return [functools.partial(self._look_again, device, cancellation) for device in self._find_devices()]
+
+    def _look_again(self, device: Device, cancellation: Cancellation) -> None:
+        read = [n for n, other in self._devices.items() if other is device and self._found[n].fingerprint is None]
+        for name, fingerprint in self._take_fingerprints(read, device, cancellation).items():
+            if fingerprint is not None and fingerprint == self._fingerprints[name]:
+                stride = self._tensors[name].stride()
+                self._found[name] = replace(self._found[name], fingerprint=fingerprint, stride=stride)
 
     def _count_nbytes(self, name: str) -> int:
         return self._tensors[name].numel() * self._tensors[name].element_size()

@@ -47,6 +47,12 @@ _SECTION = 4096
 _MAX_SECTIONS = 256
 """Sections in scratch: 24 MiB with their products. A piece has 34 at most."""
 
+_SECTION_NBYTES = 3 * _SECTION * WORD_NBYTES
+"""Of scratch: words, and their products."""
+
+_SPARE = 4
+"""How many times the scratch has to be free: torch takes whole blocks, and others take some meanwhile."""
+
 _SEED = 0x686F74
 
 
@@ -68,9 +74,13 @@ def take_fingerprints(
     wanted = [flat for flat in flats if flat is not None]
     if not wanted:
         return [None] * len(flats)
+    num_sections = _count_scratch(wanted)
     try:
         with torch.inference_mode(mode=False), torch.no_grad(), device.staging(), device.submitting():
-            found = iter(_Summing(wanted).run(pause))
+            # Torch would empty its cache for scratch that does not fit, which waits for the whole device.
+            if device.read_free_nbytes() < _SPARE * num_sections * _SECTION_NBYTES:
+                return [None] * len(flats)
+            found = iter(_Summing(wanted, num_sections).run(pause))
     except torch.OutOfMemoryError:
         return [None] * len(flats)
     return [None if flat is None else next(found) for flat in flats]
@@ -119,18 +129,16 @@ def _find_aligned(tensor: torch.Tensor) -> torch.Tensor | None:
 @functools.cache
 def _draw_multipliers(place: torch.device) -> torch.Tensor:
     """Return as many odd numbers as a section has halves of words; the same in every process."""
-    generator = torch.Generator().manual_seed(_SEED)
-    drawn = torch.randint(-(2**63), 2**63 - 1, (2 * _SECTION,), dtype=torch.int64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (2 * _SECTION,), dtype=torch.int64, generator=generator, device="cpu")
     return (drawn | 1).to(place)
 
 
 class _Summing:
     """One look at some flat tensors of one device: scratch, what is in it, and what came of it so far."""
 
-    def __init__(self, flats: Sequence[torch.Tensor]) -> None:
+    def __init__(self, flats: Sequence[torch.Tensor], num_sections: int) -> None:
         self._flats = flats
-        num_sections = sum(_count_sections(piece.numel()) for flat in flats for piece in _cut(flat))
-        num_sections = max(1, min(_MAX_SECTIONS, num_sections))
         place = flats[0].device
         self._words = torch.zeros(num_sections * _SECTION, dtype=torch.int64, device=place)
         self._products = torch.empty((num_sections, 2 * _SECTION), dtype=torch.int64, device=place)
@@ -147,7 +155,8 @@ class _Summing:
                 count += self._add(piece)
             counts.append(count)
         self._multiply()
-        sums = torch.cat(self._sums).cpu() if self._sums else torch.empty(0, dtype=torch.int64)  # the one wait
+        # The one wait.
+        sums = torch.cat(self._sums).cpu() if self._sums else torch.empty(0, dtype=torch.int64, device="cpu")
         return [_hash(each) for each in torch.split(sums, counts)]
 
     def _add(self, piece: torch.Tensor) -> int:
@@ -185,6 +194,12 @@ class _Summing:
 
 def _cut(flat: torch.Tensor) -> list[torch.Tensor]:
     return [flat[start : start + _PIECE_NBYTES] for start in range(0, flat.numel(), _PIECE_NBYTES)]
+
+
+def _count_scratch(flats: Sequence[torch.Tensor]) -> int:
+    """Return how many sections of scratch are taken to look at some tensors."""
+    num_sections = sum(_count_sections(piece.numel()) for flat in flats for piece in _cut(flat))
+    return max(1, min(_MAX_SECTIONS, num_sections))
 
 
 def _count_sections(nbytes: int) -> int:

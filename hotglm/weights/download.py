@@ -79,7 +79,7 @@ def fetch_sealed(
         MemoryPlanError: there is no pinned memory to be had.
         StageFailedError: the device has failed under every window of the ring.
     """
-    into = view if view.is_contiguous() else torch.empty(view.shape, dtype=view.dtype)
+    into = view if view.is_contiguous() else torch.empty(view.shape, dtype=view.dtype, device="cpu")
     if fetch_into(into, tensor, device, cancellation=cancellation) != seal.digest:
         return None
     if into is not view:

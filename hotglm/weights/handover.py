@@ -88,6 +88,9 @@ def hand_over(
         targets: where to.
         lease: of the spare.
         options: how.
+
+    Raises:
+        NonFiniteError, TensorValueError: a tensor has values that nobody has looked for yet; all are named.
     """
     loaded, pause = Loaded(), options.cancellation.raise_if_cancelled
     kept = {name: one for name in names if (one := supply.tensors[name].kept) is not None}
@@ -102,6 +105,7 @@ def hand_over(
                 if name in unchanged:
                     _accept(name, targets[name], seals[name], loaded=loaded, options=options)
         loaded.drifted += [name for name in mine if name not in unchanged]
+    loaded.raise_if_any(supply.label)
     return loaded
 
 
