@@ -57,7 +57,9 @@ def _first(way: str, nbytes: int, found: dict[str, list[float]]) -> Row:
         ratio_name="first / steady",
         target=f"<= {_LIMIT}x",
         met=at_most(ratio, _LIMIT),
-        note="medians over the swaps; a steady one is the median of the passes after the first",
+        note="medians over the swaps; a steady one is the median of those that follow; after a wait as long as "
+        f"the swap, without one, it is {Sample.of(found['rested']).median / steady.median:.2f}x (caches, clocks, and "
+        "threads of torch that sleep)",
     )
 
 
@@ -115,8 +117,8 @@ class CompiledProbe:
         self._slot = hotglm.ModuleSlot(model, name="stack", version="1.0.0", policy=policy)
 
     def run(self) -> dict[str, list[float]]:
-        """Return seconds of first and steady passes and of whole swaps, and how often torch compiled in each."""
-        found: dict[str, list[float]] = {"first": [], "steady": [], "whole": [], "compiled": []}
+        """Return seconds of first, steady and rested passes and of swaps, and how often torch compiled in each."""
+        found: dict[str, list[float]] = {"first": [], "steady": [], "rested": [], "whole": [], "compiled": []}
         with torch.inference_mode():
             self._slot(self._x)
             for number in range(2):  # both arenas are faulted in
@@ -128,6 +130,8 @@ class CompiledProbe:
                 found["whole"].append(time.perf_counter() - started)
                 found["first"].append(first)
                 found["steady"].append(Sample.of([self._time_pass() for _ in range(_NUM_STEADY)]).median)
+                time.sleep(found["whole"][-1])
+                found["rested"].append(self._time_pass())
                 found["compiled"].append(float(_count_frames() - before))
         return found
 
