@@ -33,6 +33,22 @@ class Stream:
         self.journal.append(f"{self.name} waits for {other.name}")
 
 
+class Generator:
+    """A generator with the state of that name."""
+
+    def __init__(self, state: str) -> None:
+        self.state = state
+
+    def graphsafe_get_state(self) -> Generator:
+        return Generator(self.state)
+
+    def graphsafe_set_state(self, other: Generator) -> None:
+        self.state = other.state
+
+    def clone_state(self) -> Generator:
+        return Generator(f"copy of {self.state}")
+
+
 @dataclass
 class Cuda:
     """Stands for CUDA.
@@ -98,6 +114,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "current_device": lambda: made.device,
         "is_current_stream_capturing": lambda: made.current[-1].name in made.captured,
         "CUDAGraph": Graph,
+        "default_generators": (Generator("own"),),
         "graph_pool_handle": lambda: f"pool {next(pools)}",
     }
     for name, fake in fakes.items():
@@ -181,6 +198,30 @@ def test_a_capture_that_fails_is_ended(ends_badly: bool, cuda: Cuda) -> None:
     assert cuda.journal[-1] == ("allocator is told of pool 0" if ends_badly else "end on capturing")
     cuda.ends_badly = False
     recorder.capture(list, [X])
+
+
+@pytest.mark.parametrize(("version", "state"), [("2.11.0+cu130", "copy of own"), ("2.13.1", "own")])
+def test_a_capture_marks_no_generator_of_others(
+    version: str, state: str, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before torch 2.13 it begins with another state in the place of the device's, which is back before any pass."""
+    generator, states = Generator("own"), []
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def begin_and_look(graph: Any, **options: Any) -> None:
+        states.append(generator.state)
+        begin(graph, **options)
+
+    def run(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        states.append(generator.state)
+        return list(tensors)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", begin_and_look)
+    make_recorder().capture(run, [X])
+    assert states == [*["own"] * 3, state, "own"]
+    assert generator.state == "own"
 
 
 def test_an_end_that_fails_is_told_to_the_allocator(cuda: Cuda) -> None:

@@ -479,6 +479,27 @@ def test_graphs_are_captured_by_threads_of_stages(bench: Bench) -> None:
     assert threading.get_ident() not in bench.recorder.threads[2:]
 
 
+def test_a_weight_among_the_outputs_keeps_no_arena(bench: Bench) -> None:
+    """What a pass returns of the module itself is copied: arenas come round, and outputs are those of their version."""
+
+    class Open(Model):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), self.first.weight, self.first.weight[0]
+
+    slot = bench.slot(Open().eval(), memory=hotglm.MemoryPolicy(small_nbytes=0))
+    captured, kept = [], []
+    for seed in range(5):
+        captured.append(slot.update(state(seed), version=f"1.0.{seed + 1}").recaptures)
+        with torch.no_grad():
+            kept.append((seed, slot(X)))
+    bench.device.finish()
+    assert captured == [2, 2, 0, 0, 0]
+    for seed, (output, weight, row) in kept:
+        assert same_bits(output, cold(seed))
+        assert same_bits(weight, state(seed)["first.weight"])
+        assert same_bits(row, weight[0])
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -555,6 +576,15 @@ def test_a_module_is_graphed_once(bench: Bench) -> None:
         bench.graph(module)
     with pytest.raises(UnswappableError, match="'0'"):
         bench.graph(nn.Sequential(module))
+
+
+def test_a_slot_is_not_compiled_over_its_graphs(bench: Bench) -> None:
+    """`slot.compile()` would leave them out without a word; it says so, and they go on."""
+    slot = bench.slot()
+    with pytest.raises(UnswappableError, match="compile first"):
+        slot.compile(backend="eager")
+    assert same_bits(bench.run(slot), bench.run(slot.live.module.forward))
+    assert bench.recorder.num_replayed == 1
 
 
 def test_a_capture_that_fails_while_staging_changes_nothing(bench: Bench) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hotglm.model.sight import Sight, look_at
+from support.wrapped import Blocked
 
 
 class Colour(enum.Enum):
@@ -162,6 +163,46 @@ def test_objects_that_lead_back_to_themselves_end() -> None:
     one, other = Plain(None), Plain(None)
     one.value, other.value = one, other
     assert list(look(one).find_differences(look(other))) == []
+
+
+class Linked:
+    """An object that leads to another one."""
+
+    def __init__(self, after: object) -> None:
+        """Keep it."""
+        self.after = after
+
+
+class Bare(int):
+    """An object that nobody can refer to weakly."""
+
+    __slots__ = ()
+
+
+def test_what_nobody_can_tell_is_not_taken_for_the_same() -> None:
+    """Objects without weak references, or that lie too deep, are themselves in one module, and in no other."""
+    deep: object = None
+    for _ in range(5000):
+        deep = Linked(deep)
+    for value in (Bare(3), deep):
+        module = nn.Linear(2, 2)
+        setattr(module, "extra", value)  # noqa: B010 - of any type
+        assert look_at(module).unsure == ("extra",)
+        assert not list(look_at(module).find_differences(look_at(module)))
+        assert not look_at(module).is_like(look_at(module))
+    assert look(1).is_like(look(1))
+
+
+def test_the_context_of_a_wrapper_is_seen() -> None:
+    """What a tensor subclass knows beside its memory, such as a block size, is a difference of the parameter."""
+    parts = (torch.ones(4, dtype=torch.int8), torch.ones(2))
+    seen = []
+    for block in (2, 2, 4):
+        module = nn.Module()
+        module.register_buffer("weight", Blocked(*parts, block=block))
+        seen.append(look_at(module))
+    assert list(seen[0].find_differences(seen[1])) == []
+    assert list(seen[0].find_differences(seen[2])) == ["_buffers"]
 
 
 def test_nothing_is_kept_alive() -> None:

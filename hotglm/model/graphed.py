@@ -214,7 +214,7 @@ class GraphedCall:
         sight = look_at(module)
         _verify_on_device(sight)
         known = None if home is None else graphs.homes.get(home)
-        if known is None or known.sight != sight:
+        if known is None or not sight.is_like(known.sight):
             known = self._capture(module, sight)
             if home is not None:
                 graphs.homes[home] = known
@@ -230,7 +230,7 @@ class GraphedCall:
             for number, (args, kwargs) in enumerate(self.graphs.samples):
                 leaves, given = pytree.tree_flatten((args, kwargs))
                 try:
-                    graph = self._record(module, leaves, given)
+                    graph = self._record(module, leaves, given, taken=sight.storages)
                 except Exception as error:
                     raise WarmUpError(
                         f"Expected a pass that can be captured for sample inputs {number}, got "
@@ -244,7 +244,7 @@ class GraphedCall:
         is_trained = any(parameter.requires_grad for parameter in module.parameters())
         return Bound(sight=sight, graphs=captured, is_training=module.training, is_trained=is_trained)
 
-    def _record(self, module: nn.Module, leaves: Sequence[Any], given: Any) -> _Graph:
+    def _record(self, module: nn.Module, leaves: Sequence[Any], given: Any, *, taken: frozenset[int]) -> _Graph:
         returned: list[Any] = []
 
         def run(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -254,7 +254,9 @@ class GraphedCall:
             found, structure = pytree.tree_flatten(self._run(module, args, kwargs))
             _verify_pass(found, changed=[tensor._version for tensor in tensors] != versions)
             returned[:] = [structure, tuple(_TENSOR if _is_tensor(leaf) else leaf for leaf in found)]
-            return [leaf for leaf in found if _is_tensor(leaf)]
+            # A weight that is an output is copied: a graph that kept it would keep the lease on the arena.
+            tensors = [leaf for leaf in found if _is_tensor(leaf)]
+            return [leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf for leaf in tensors]
 
         recording = self.graphs.recorder.capture(run, [leaf for leaf in leaves if _is_tensor(leaf)])
         return _Graph(recording=recording, given=given, returned=returned[0], leaves=returned[1])

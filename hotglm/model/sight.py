@@ -31,8 +31,9 @@ from torch import nn
 
 from hotglm.model.compiled import COMPILED_CALL, CompiledCall
 from hotglm.model.references import is_a, is_slot
-from hotglm.model.wrappers import find_memory
+from hotglm.model.wrappers import find_memory, is_wrapper
 from hotglm.weights import places
+from hotglm.weights.workers import yield_gil_when_due
 
 __all__ = ["Sight", "look_at"]
 
@@ -41,6 +42,8 @@ _NUMBERS = (bool, int, float, complex, str, bytes, types.NoneType)
 _SEQUENCES = (list, tuple, torch.Size)
 _DICTS = (dict, OrderedDict, defaultdict)
 _SETS = (set, frozenset)
+_DYNAMO = frozenset({"_dynamo_static_input_type", "_dynamo_dynamic_indices"})
+"""What Dynamo notes on tensors when it compiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +53,18 @@ class Sight:
     Attributes:
         parts: what is to be seen of each attribute, by its full name.
         host: names of attributes that lead to tensors in memory of the processor.
+        storages: addresses of the storages of all tensors.
+        unsure: names of attributes of which nobody can say whether another one is the same.
     """
 
     parts: dict[str, Hashable]
     host: tuple[str, ...]
+    storages: frozenset[int] = frozenset()
+    unsure: tuple[str, ...] = ()
+
+    def is_like(self, other: Sight) -> bool:
+        """Whether a graph of one module is one of the other, for certain."""
+        return not self.unsure and self == other
 
     def find_differences(self, other: Sight) -> Iterator[str]:
         """Yield the names of attributes that do not look alike."""
@@ -70,8 +81,9 @@ def look_at(root: nn.Module) -> Sight:
         parts[path or type(root).__name__] = _Same(type(part))
         for name, value in list(vars(part).items()):
             look.name = f"{path}.{name}" if path else name
-            parts[look.name] = _see_call(value) if name == COMPILED_CALL else look.see(value)
-    return Sight(parts=parts, host=tuple(look.host))
+            parts[look.name] = _see_call(value) if name == COMPILED_CALL else look.see_all(value)
+        yield_gil_when_due()
+    return Sight(parts=parts, host=tuple(look.host), storages=frozenset(look.storages) - {0}, unsure=tuple(look.unsure))
 
 
 def _see_call(call: object) -> Hashable:
@@ -87,19 +99,16 @@ class _Same:
 
     def __init__(self, value: object) -> None:
         self._id = id(value)
-        try:
-            self._reference: weakref.ref[Any] | None = weakref.ref(value)
-        except TypeError:  # who knows what will have this id next
-            self._reference = None
+        self._reference = weakref.ref(value)
 
     def __hash__(self) -> int:
         return self._id
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same) or self._reference is None or self._id != other._id:
+        if not isinstance(other, _Same) or self._id != other._id:
             return False
         found = self._reference()
-        return found is not None and other._reference is not None and found is other._reference()
+        return found is not None and found is other._reference()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,8 +118,17 @@ class _Look:
     paths: dict[int, str]
     name: str = ""
     host: dict[str, None] = field(default_factory=dict)
+    storages: set[int] = field(default_factory=set)
+    unsure: dict[str, None] = field(default_factory=dict)
     _met: dict[int, int] = field(default_factory=dict)
     _keep: list[object] = field(default_factory=list)
+
+    def see_all(self, value: object) -> Hashable:
+        """Return what is to be seen of an attribute, however deep."""
+        try:
+            return self.see(value)
+        except RecursionError:
+            return self._doubt(value)
 
     def see(self, value: object) -> Hashable:
         """Return what is to be seen of a value."""
@@ -124,52 +142,62 @@ class _Look:
         self._keep.append(value)  # as long as the walk, so that ids stay theirs
         return self._see_new(value)
 
+    def _identify(self, value: object) -> Hashable:
+        try:
+            return _Same(value)
+        except TypeError:  # no weak reference: who knows what will have this id next
+            return self._doubt(value)
+
+    def _doubt(self, value: object) -> Hashable:
+        self.unsure[self.name] = None
+        return ("id", id(value))
+
     def _see_new(self, value: Any) -> Hashable:
         kind = type(value)
         if is_a(value, torch.Tensor):
             return self._see_tensor(value)
         if is_a(value, nn.Module):
-            return ("part", self.paths[id(value)]) if id(value) in self.paths else _Same(value)
+            return ("part", self.paths[id(value)]) if id(value) in self.paths else self._identify(value)
         if kind in _SEQUENCES:
             return (kind, tuple(self.see(item) for item in value))
         if kind in _DICTS:
             return (kind, tuple((self.see(key), self.see(item)) for key, item in list(value.items())))
         if kind in _SETS:
-            return (kind, frozenset((type(item), item) for item in value) if _is_flat(value) else _Same(value))
+            return (kind, frozenset((type(item), item) for item in value) if _is_flat(value) else self._identify(value))
         return self._see_code(value) if callable(value) else self._see_object(value)
 
     def _see_code(self, value: Any) -> Hashable:
         if is_a(value, types.FunctionType):
             cells = tuple(_open(cell) for cell in value.__closure__ or ())
-            return (_Same(value), self.see((cells, value.__defaults__, value.__kwdefaults__, vars(value))))
+            return (self._identify(value), self.see((cells, value.__defaults__, value.__kwdefaults__, vars(value))))
         if is_a(value, types.MethodType):
             return ("method", self.see(value.__func__), self.see(value.__self__))
         if is_a(value, functools.partial):
             return ("partial", self.see((value.func, value.args, value.keywords)))
-        return _Same(value) if is_a(value, type) else self._see_object(value)
+        return self._identify(value) if is_a(value, type) else self._see_object(value)
 
     def _see_object(self, value: Any) -> Hashable:
         if is_slot(value) or is_a(value, torch.Generator):
-            return _Same(value)  # all generations share it
+            return self._identify(value)  # all generations share it
         if is_a(value, weakref.ref):
             return ("weak", self.see(value()))
         if not _is_plain(type(value)):
-            return _Same(value)
+            return self._identify(value)
         own = dict(getattr(value, "__dict__", {}))
         names = (name for cls in type(value).__mro__ for name in _list_slots(cls))
         own |= {name: getattr(value, name) for name in names if hasattr(value, name)}
         return (_Same(type(value)), self.see(own))
 
     def _see_tensor(self, tensor: torch.Tensor) -> Hashable:
-        return (
-            _Same(type(tensor)),
-            tensor.requires_grad,
-            tuple(self._see_memory(leaf) for leaf in find_memory(tensor)),
-        )
+        context = {k: v for k, v in vars(tensor).items() if k not in _DYNAMO} if is_wrapper(tensor) else None
+        leaves = tuple(self._see_memory(leaf) for leaf in find_memory(tensor))
+        return (_Same(type(tensor)), tensor.requires_grad, leaves, self.see(context))
 
     def _see_memory(self, tensor: torch.Tensor) -> Hashable:
         if places.active.find(tensor) is None:
             self.host[self.name] = None
+        if tensor.layout is torch.strided:
+            self.storages.add(tensor.untyped_storage().data_ptr())
         strides = tensor.stride() if tensor.layout is torch.strided else None
         flags = (tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
         return (tensor.data_ptr(), tuple(tensor.shape), strides, tensor.dtype, str(tensor.device), flags)

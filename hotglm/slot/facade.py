@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from hotglm.errors import SlotStateError
+from hotglm.errors import SlotStateError, UnswappableError
 from hotglm.model.compiled import bind, settle
+from hotglm.model.graphed import find_graphed
 from hotglm.model.wrappers import shares_memory
 
 if TYPE_CHECKING:
@@ -105,9 +106,18 @@ class ModuleFacade(nn.Module):
         self._live_module.training = mode
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the live module in place (`nn.Module.compile`), and those held for rollback; later ones are, too."""
+        """Compile the live module in place (`nn.Module.compile`), and those held for rollback; later ones are, too.
+
+        Raises:
+            UnswappableError: its passes replay graphs (`hotglm.integrations.cuda_graphs`).
+        """
         live = self._admission.live
         module = live.generation.module
+        if find_graphed(module):
+            raise UnswappableError(
+                "Expected a module without device graphs, which a compilation would leave out, got some.",
+                remedy="compile first: graphed(torch.compile(module), inputs).",
+            )
         module.compile(*args, **kwargs)
         settle(module)
         for held in live.held:

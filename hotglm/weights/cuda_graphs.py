@@ -17,10 +17,16 @@ asserts that its count is positive), so a new one is taken then.
 
 [Note: two streams]
 Both are the driver's: work that somebody else gave the stream of a capture would be captured, and torch hands its own
-streams out in turns, to anybody.
-A capture follows passes that were run for real: they load code, tune kernels and take workspaces. They run on another
-stream than the capture, so that the workspace of cuBLAS for the captured stream is taken inside the capture, and lies
-in the pool, where it lives as long as the graphs do.
+streams out in turns, to anybody. A capture follows passes that were run for real: they load code, tune kernels and take
+workspaces. They run on another stream than the capture, so that the workspace of cuBLAS for the captured stream is
+taken inside the capture, and lies in the pool, where it lives as long as the graphs do.
+
+[Note: random numbers]
+Before torch 2.13 a capture marks the generator of the device as captured, for all threads: whoever draws a random
+number outside of the capture gets an error, and after a capture that failed everybody does, for ever. So another state
+stands in for that of the device's generator while the capture begins, and is the one that is marked. A pass that draws
+random numbers can then not be captured (torch refuses it, and so do we); what another thread draws in these
+microseconds is drawn from a copy of the state. From 2.13 on each capture has a state of its own.
 """
 
 from __future__ import annotations
@@ -28,10 +34,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from hotglm.weights.cuda import make_stream, record_uncaptured
 from hotglm.weights.cuda_driver import leaving_captures_alone
@@ -93,7 +100,8 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         living = next(iter(self._made), None)  # held meanwhile, so that its pool cannot go
         pool = torch.cuda.graph_pool_handle() if living is None else living.graph.pool()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        with _sparing_generator(self._device):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             inputs = [torch.empty_like(sample) for sample in samples]
             outputs = list(run(inputs))
@@ -140,6 +148,25 @@ class CudaRecorder:
     def clone(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy on the current stream, into memory of torch's for that stream."""
         return tensor.clone()
+
+
+@contextlib.contextmanager
+def _sparing_generator(device: torch.device) -> Iterator[None]:
+    """Begin a capture in the body of a `with` that leaves the device's generator alone ([Note: random numbers])."""
+    if Version(torch.__version__).release >= _CAPTURES_HAVE_STATES:
+        yield
+        return
+    generator = torch.cuda.default_generators[device.index]
+    own = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(own)
+
+
+_CAPTURES_HAVE_STATES = (2, 13)
+"""The version of torch from which on captures have random states of their own."""
 
 
 def find_cuda_recorder(device: torch.device) -> CudaRecorder:

@@ -153,7 +153,7 @@ def test_a_capture_beside_the_service_disturbs_nobody() -> None:
                 while not stop.is_set():
                     with slot.acquire() as generation:
                         found = generation.module(draw())
-                        torch.empty(1 << 20, device="cuda").fill_(1.0)  # eager work and allocations of its own
+                        torch.rand(1 << 20, device="cuda").add_(1.0)  # eager work, allocations and random numbers
                         torch.cuda.current_stream().synchronize()
                         seed = int(str(generation.version).rpartition(".")[2])
                         wrong.append(not torch.equal(found, outputs[seed]))
@@ -324,6 +324,7 @@ def test_a_capture_that_fails_leaves_the_service_and_the_device_as_they_were() -
         slot.update(Asking(2), version="1.1.0")
     assert torch.equal(slot(draw()), before)
     assert not torch.cuda.is_current_stream_capturing()
+    assert torch.isfinite(torch.rand(4, device="cuda")).all()  # the generator is not taken for captured
     torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
