@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import torch
 
-from benchmarks import device_compiled, device_flip, device_proof
+from benchmarks import device_compiled, device_flip, device_in_place, device_proof
 from benchmarks.bench import Bench, Row
 from benchmarks.device_setting import Setting, open_scratch, to_note
 
@@ -25,6 +25,7 @@ _Part: TypeAlias = Callable[[Bench, Setting], list[Row]]
 
 PARTS: dict[str, _Part] = {
     "flip": device_flip.measure,
+    "in-place": device_in_place.measure,
     "proof": device_proof.measure,
     "compiled": device_compiled.measure,
 }

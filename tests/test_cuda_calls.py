@@ -377,6 +377,9 @@ def test_free_memory_counts_what_torch_would_give_back(fake: FakeCuda, device: C
     assert device.read_free_nbytes() == 1200
     fake.statistics["inactive_split_bytes.all.current"] = 10_000
     assert device.read_free_nbytes() == 1000
+    fake.fraction = 800 / (1 << 40)  # of which 700 are taken
+    assert device.read_free_nbytes() == 100
+    fake.fraction = 1.0
     fake.fail = raising("memory_stats", RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats"))
     assert device.read_free_nbytes() == 1000
 

@@ -104,18 +104,19 @@ class CudaDevice:
             self.record()  # which keeps them where it cannot
 
     def read_free_nbytes(self) -> int:
-        """Return what the driver has free, and what torch keeps in whole blocks and would give back.
+        """Return what the driver has free and torch may take, and what it keeps in whole blocks and would give back.
 
         What torch keeps for graphs counts as free, too, and is not: then `allocate` refuses what was planned.
         """
-        free, _ = torch.cuda.mem_get_info(self._device)
+        free, total = torch.cuda.mem_get_info(self._device)
         kept = _read_statistics(self._device)
         reusable = (
             kept.get("reserved_bytes.all.current", 0)
             - kept.get("allocated_bytes.all.current", 0)
             - kept.get("inactive_split_bytes.all.current", 0)
         )
-        return int(free) + max(0, int(reusable))
+        allowed = _read_limit(self._device, total) - kept.get("reserved_bytes.all.current", 0)
+        return max(0, min(int(free), int(allowed))) + max(0, int(reusable))
 
     def pin(self, nbytes: int) -> PinnedMemory:
         """Return exactly `nbytes` of pinned host memory."""
@@ -231,6 +232,12 @@ def make_stream(device: torch.device) -> torch.cuda.Stream:
     if handle is None:
         return torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
     return torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
+
+
+def _read_limit(device: torch.device, total_nbytes: int) -> int:
+    """Return how much of a device's memory torch may take (`set_per_process_memory_fraction`)."""
+    read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return total_nbytes if read is None else int(read(device) * total_nbytes)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -82,6 +82,7 @@ class FakeCuda:
     used_on: list[int] = field(default_factory=list)
     statistics: dict[str, int] = field(default_factory=dict)
     free_nbytes: int = 1 << 30
+    fraction: float = 1.0
     has_driver: bool = True
     modes: dict[int, int] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 30)))
@@ -232,6 +233,7 @@ class FakeCuda:
             "current_device": lambda: self.device,
             "current_stream": self.current_stream,
             "default_stream": self.default_stream,
+            "get_per_process_memory_fraction": lambda device=None: self.fraction,
             "is_available": lambda: True,
             "is_current_stream_capturing": self.is_current_stream_capturing,
             "is_initialized": lambda: True,
