@@ -196,6 +196,40 @@ def test_a_budget_holds_for_copies_within_the_device(
     assert sum(taken) >= count(make_state(1), "first", "second", "conv")
 
 
+class Tied(Net):
+    """One whose first weight has another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(40, 60, bias=False)
+        self.other.weight = self.first.weight
+
+
+@pytest.mark.parametrize("is_poked", [False, True])
+def test_ties_are_copied_once_under_whatever_name(fakes: FakePlaces, tmp_path: Path, *, is_poked: bool) -> None:
+    """A tensor that a file has under two names is copied once, or read; its names share what is known of it."""
+    torch.manual_seed(0)
+    module = Tied()
+    fakes.add(FakeDevice(name="fake:0", choices=Choices(2)), module.first, module.second, module.conv)
+    slot = hotglm.ModuleSlot(module, name="m", version="1.0.0")
+    origins, state = [], make_state(1)
+    for number in (1, 2):
+        state = make_state(1, second=number)
+        both = {**state, "other.weight": state["first.weight"].clone()}
+        if is_poked and number == 2:
+            flip(slot.live.module.get_parameter("first.weight"))
+        receipt = slot.update(save(tmp_path, number, both))
+        origins.append(receipt.origins)
+        live = slot.live.module.state_dict()
+        assert all(torch.equal(live[name], tensor) for name, tensor in both.items())
+        assert receipt.digests["other.weight"] == receipt.digests["first.weight"]
+        assert live["other.weight"].data_ptr() == live["first.weight"].data_ptr()
+        assert slot.verify_live(quick=True).digest == receipt.digest
+    copied = count(state) - count(state, "second") - (state["first.weight"].nbytes if is_poked else 0)
+    assert [each.copied_nbytes for each in origins] == [0, copied]
+    assert origins[1].drifted == (("first.weight",) if is_poked else ())
+
+
 # -- what is not what it was -------------------------------------------------------------------------------------------
 
 

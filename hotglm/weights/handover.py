@@ -13,7 +13,6 @@ Rules this module keeps:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -38,17 +37,36 @@ _SHORT_NBYTES = 16 << 20
 """The same, for a load that yields: some 10 us of the device's memory."""
 
 
-def find_handed(supply: Supply, targets: Mapping[str, Target], lease: SplitLease, names: Iterable[str]) -> list[str]:
-    """Return the names of tensors that are on the device of their targets already, with a fingerprint and as wanted."""
-    names = list(names)
-    num_names = Counter(targets[name].key for name in names)
-    return [
-        name
-        for name in names
-        if num_names[targets[name].key] == 1 and targets[name].covers
-        if (kept := supply.tensors[name].kept) is not None and not supply.tensors[name].steps
-        if _is_alike(kept, targets[name].view) and _is_near(kept, targets[name], lease)
-    ]
+def find_handed(
+    supply: Supply, targets: Mapping[str, Target], lease: SplitLease, names: Iterable[str]
+) -> dict[str, list[str]]:
+    """Return the names of tensors that are on the device of their targets already, with a fingerprint and as wanted.
+
+    Returns:
+        For each tensor the name under which it is copied, and the others that it has, which are told by its digest.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(targets[name].key, []).append(name)
+    return {
+        group[0]: group[1:]
+        for group in groups.values()
+        if targets[group[0]].covers and all(_is_wanted(name, supply, targets, lease) for name in group)
+        if len({_describe(name, supply, targets) for name in group}) == 1
+    }
+
+
+def _is_wanted(name: str, supply: Supply, targets: Mapping[str, Target], lease: SplitLease) -> bool:
+    tensor, target = supply.tensors[name], targets[name]
+    if tensor.kept is None or tensor.steps:
+        return False
+    return _is_alike(tensor.kept, target.view) and _is_near(tensor.kept, target, lease)
+
+
+def _describe(name: str, supply: Supply, targets: Mapping[str, Target]) -> tuple[object, ...]:
+    """Return what is the same for all names of one tensor that is promised once."""
+    kept, view = supply.tensors[name].kept, targets[name].view
+    return (kept and kept.seal.digest, targets[name].offset, view.dtype, tuple(view.shape), view.stride())
 
 
 def _is_alike(kept: Kept, view: torch.Tensor) -> bool:
@@ -78,13 +96,18 @@ def without_unproved(supply: Supply, handed: AbstractSet[str]) -> Supply:
 
 
 def hand_over(
-    supply: Supply, names: list[str], targets: Mapping[str, Target], *, lease: SplitLease, options: LoadOptions
+    supply: Supply,
+    names: Mapping[str, list[str]],
+    targets: Mapping[str, Target],
+    *,
+    lease: SplitLease,
+    options: LoadOptions,
 ) -> Loaded:
     """Copy live tensors within their devices; return those that were what they should be, the others as `drifted`.
 
     Args:
         supply: with a tensor in memory for each name; see `find_handed`.
-        names: which.
+        names: which, and what else they are called.
         targets: where to.
         lease: of the spare.
         options: how.
@@ -104,6 +127,9 @@ def hand_over(
             for name in mine:
                 if name in unchanged:
                     _accept(name, targets[name], seals[name], loaded=loaded, options=options)
+                    for other in names[name]:
+                        loaded.digests[other], loaded.seals[other] = seals[name].digest, loaded.seals[name]
+                        options.report(targets[other].view.nbytes)
         loaded.drifted += [name for name in mine if name not in unchanged]
     loaded.raise_if_any(supply.label)
     return loaded
