@@ -200,6 +200,41 @@ def test_what_was_added_to_the_live_module_stays() -> None:
     assert ran == [1]
 
 
+def test_digests_of_the_caller_are_of_plain_tensors() -> None:
+    """They are held against what was offered, and asked of nothing that became of it."""
+    digests = dict(hotglm.ModuleSlot(make_plain(1), name="m").update(make_plain(2)).digests)
+    slot = make_slot()
+    slot.update(make_plain(2).state_dict(), version="1.0.1", digests={"2.weight": digests["2.weight"]})
+    assert same_bits(slot(X), KINDS["wrappers"].make(2)(X))
+
+
+def test_what_the_live_version_promises_goes_on() -> None:
+    """The layout of golden outputs that the slot was made with is promised by what is quantised later, too."""
+    golden = hotglm.Golden(inputs=X, outputs=KINDS["wrappers"].make(1)(X))
+    slot = make_slot(policy=hotglm.StagePolicy(goldens=(golden,)))
+    promised = slot.live.contract.outputs
+    assert promised is not None
+    slot.update(make_plain(2).state_dict(), version="1.0.1", policy=hotglm.StagePolicy())
+    assert slot.live.contract.outputs == promised
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_table_that_quantize_adds_is_the_same_in_all_versions(policy: str) -> None:
+    """What is no parameter, but of the same bytes in both, needs no declaration of its own."""
+
+    def quantize(model: Any) -> None:
+        replace_layers(model)
+        model[0].codebook = torch.linspace(-1, 1, 16)
+
+    live = make_plain(1)
+    quantize(live)
+    requantize = hotglm.Requantize(build=lambda: make_plain(0), quantize=quantize)
+    slot = hotglm.ModuleSlot(live, name="model", version="1.0.0", requantize=requantize, swap=POLICIES[policy]())
+    slot.update(make_plain(2).state_dict(), version="1.0.1")
+    assert same_bits(slot(X), KINDS["layers"].make(2)(X))
+    assert torch.equal(live_of(slot)[0].codebook, torch.linspace(-1, 1, 16))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_number_that_passes_change_goes_on(policy: str) -> None:
     """What the constructor gave it and quantize left alone has nothing to do with weights; the live value stays."""

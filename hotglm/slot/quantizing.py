@@ -126,7 +126,6 @@ def _build(requantize: Requantize, live: Generation) -> Generation:
         version=live.version,
         contract=replace(contract_of(module), outputs=live.contract.outputs),
         code_version=live.code_version,
-        is_migrated=live.is_migrated,
     )
 
 
