@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import hotglm
 from hotglm.weights.budget import BURST_S, Budget, Unlimited
 from hotglm.weights.workers import Cancellation
 
@@ -90,3 +93,24 @@ def test_waiting_ends_with_the_stage() -> None:
 def test_without_a_limit_nothing_waits() -> None:
     """No budget is no wait, not even a look at the clock."""
     assert Unlimited().take(10**18, cancellation=CALM) is None  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize("kind", ["mapping", "live"])
+def test_what_is_copied_from_memory_is_taken_from_the_budget(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of a mapping, or of what is live, moves bytes as reading does."""
+    taken: list[int] = []
+    monkeypatch.setattr(Budget, "take", lambda budget, nbytes, *, cancellation: taken.append(nbytes))
+    policy = hotglm.StagePolicy(max_bytes_per_s=1e6)
+    slot = hotglm.ModuleSlot(nn.Linear(8, 8), name="m", version="1.0.0", policy=policy)
+    state = {name: tensor.clone() for name, tensor in nn.Linear(8, 8).state_dict().items()}
+    receipt = slot.update(state, version="1.0.1")
+    nbytes = receipt.nbytes
+    if kind == "live":
+        state["bias"] = state["bias"] + 1
+        hotglm.save_weights(state, tmp_path / "a.safetensors", version="1.0.2", name="m")
+        slot.verify_live()
+        taken.clear()
+        assert slot.update(tmp_path / "a.safetensors").origins.copied_nbytes == 8 * 8 * 4
+    assert sum(taken) == nbytes

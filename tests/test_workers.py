@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -162,3 +163,18 @@ def test_a_thread_that_dies_before_it_begins_is_an_error(monkeypatch: pytest.Mon
     with pytest.raises(ThreadStartError, match="did not begin"):
         workers.start_thread(lambda: ran.append(1), name="stillborn")
     assert ran == []
+
+
+@pytest.mark.parametrize("nice", [0, 5])
+@pytest.mark.parametrize("is_entered", [False, True])
+def test_a_thread_that_cannot_begin_its_work_is_a_failure(nice: int, is_entered: bool) -> None:
+    """Tasks are done, or the caller hears of it: also where what surrounds them fails, before or after."""
+
+    @contextlib.contextmanager
+    def failing(cancellation: Cancellation) -> Iterator[None]:
+        if is_entered:
+            yield
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run_tasks([lambda: None], num_threads=2, nice=nice, cancellation=Cancellation(), name="test", within=failing)

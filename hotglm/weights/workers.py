@@ -209,8 +209,11 @@ def run_tasks(
     threads: list[threading.Thread] = []
 
     def work_alone() -> None:
-        with computing_alone(), within(cancellation):
-            work.run()
+        try:
+            with computing_alone(), within(cancellation):
+                work.run()
+        except BaseException as failure:  # noqa: BLE001 - tasks that nobody ran must not pass for done
+            work.failures.append(failure)
 
     def run_quietly() -> None:
         lower_priority(nice)
