@@ -19,6 +19,7 @@ from hotglm import seam
 from hotglm.errors import HotglmError, StageFailedError
 from hotglm.slot import forking
 from hotglm.slot.in_place import InPlaceAdmission
+from support.gates import wait_until
 from support.interrupts import interrupt_rounds
 from support.torn import INPUT, LEAN, PRIMES, Oracle, name_version, read_version, run_in_thread, weights
 from test_commit_faults import Interrupt, InterruptAt, assert_serves, count_points
@@ -44,7 +45,8 @@ def gate_of(slot: hotglm.ModuleSlot) -> Any:
 
 def assert_works(slot: hotglm.ModuleSlot) -> None:
     """Nobody is left inside, the gate is open and every lock is free: an update and a rollback go through."""
-    assert gate_of(slot).count_inside() == 0
+    # A caller that was interrupted while its stage's thread started leaves that behind; it ends at its next tensor.
+    wait_until(lambda: gate_of(slot).count_inside() == 0)
 
     def use() -> None:
         for prime in (PRIMES[10], PRIMES[11]):

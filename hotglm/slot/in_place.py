@@ -233,7 +233,8 @@ class InPlaceAdmission(Admission):
             return change.outcome
         with contextlib.suppress(queue.Empty):
             raise failures.get_nowait()
-        raise StageFailedError("Expected weights to be exchanged, got a thread that died.", remedy=_AGAIN)
+        text = "Expected weights to be exchanged, got a thread that died."
+        raise StageFailedError(text, code="EXCHANGE_FAILED", remedy=_AGAIN)
 
     def _work(self, change: Change, unwanted: threading.Event, failures: queue.SimpleQueue[BaseException]) -> None:
         try:
@@ -244,7 +245,7 @@ class InPlaceAdmission(Admission):
             failures.put(failure)
         except BaseException as failure:  # noqa: BLE001 - raised again in the thread that waits
             text = f"Expected weights to be exchanged, got {describe_exception(failure)}."
-            typed = StageFailedError(text, remedy=_AGAIN)
+            typed = StageFailedError(text, code="EXCHANGE_FAILED", remedy=_AGAIN)
             typed.__cause__ = failure
             failures.put(typed)
 

@@ -226,7 +226,7 @@ class Engine:
         target, trial = decision.target, self.trials.running
         if decision.task is Task.GO_BACK and trial is not None:
             self._take(self.trials.go_back(trial, "the label went back", judge=Judge.NOBODY))
-            return 0.0
+            return 0.0 if self.trials.running is None else self._plan_wait()
         if decision.task is not Task.TRY or target is None:
             self._rest(decision)
             return self._plan_wait()

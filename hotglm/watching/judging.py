@@ -61,6 +61,8 @@ def judge(error: BaseException) -> Fault:
     """
     if isinstance(error, SlotClosedError):
         return Fault.CLOSED
+    if isinstance(error, StageFailedError) and error.code == "EXCHANGE_FAILED":  # of a commit in place, and undone
+        return Fault.TIME
     if isinstance(error, (IncompatibleError, MigrationError, ModuleError, StageFailedError)):
         return Fault.HOST
     if isinstance(error, CheckError):

@@ -6,6 +6,8 @@ Rules this module keeps:
   trial whose lock is free, which refuses the release as well (S11).
 - A trial ends once: confirmed, failed, or withdrawn without a judgement.
 - Only differences of the monotonic clock count (K08).
+- Going back may have to wait for passes, where weights are swapped in place. Then the trial goes on, its judgement
+  stands, and it is tried again: nothing is said to be live no more that still is.
 """
 
 from __future__ import annotations
@@ -17,17 +19,46 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hotglm.errors import ConflictError, HotglmError, StoreConflictError
+from hotglm.errors import ConflictError, DrainTimeoutError, HotglmError, StoreConflictError
 from hotglm.problem import describe_exception, escape_text
 from hotglm.release.services import RunningTrial
 from hotglm.slot.slot import ModuleSlot
 from hotglm.watching.journal import Journal, first_line
 from hotglm.watching.loading import Loader, fail_trial
+from hotglm.watching.policy import Clock
 from hotglm.watching.refusals import Refusals
 from hotglm.watching.scanning import Target
 from hotglm.watching.status import WatchState
 
-__all__ = ["Judge", "OnTrial", "TrialEnd", "Trials"]
+__all__ = ["Judge", "OnTrial", "Return", "TrialEnd", "Trials"]
+
+
+class Judge(enum.Enum):
+    """Who said that a trial ended badly."""
+
+    SELF = "self"
+    """This process: the release is refused, with the reason."""
+    ANOTHER = "another"
+    """Another process, which has refused the release already."""
+    NOBODY = "nobody"
+    """No one: the release may be tried again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Return:
+    """A way back that could not be gone yet.
+
+    Attributes:
+        reason: why it is to be gone, in words.
+        judge: who said so.
+        attempt: how often it was tried.
+        at_s: when it is tried again, of the monotonic clock.
+    """
+
+    reason: str
+    judge: Judge
+    attempt: int
+    at_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +72,7 @@ class OnTrial:
         before_number: the generation before, to which a failed trial goes back.
         began_s: when it went live, of the monotonic clock.
         running: the trial as the service's record has it; None without a service.
+        pending: the way back that it waits for; None where it is not judged yet.
     """
 
     target: Target
@@ -49,17 +81,7 @@ class OnTrial:
     before_number: int
     began_s: float
     running: RunningTrial | None = field(default=None, repr=False)
-
-
-class Judge(enum.Enum):
-    """Who said that a trial ended badly."""
-
-    SELF = "self"
-    """This process: the release is refused, with the reason."""
-    ANOTHER = "another"
-    """Another process, which has refused the release already."""
-    NOBODY = "nobody"
-    """No one: the release may be tried again."""
+    pending: Return | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +110,8 @@ class Trials:
         loader: what withdraws trials.
         length_s: how long a trial lasts.
         probe: what judges it meanwhile; None for nothing.
+        clock: the time.
+        plan_pause: returns how long to wait behind the nth try to go back, in seconds.
         running: the one that runs.
     """
 
@@ -97,12 +121,17 @@ class Trials:
     loader: Loader
     length_s: float
     probe: Callable[[Any], object] | None
+    clock: Clock
+    plan_pause: Callable[[int], float]
     running: OnTrial | None = None
 
     def left_s(self, now_s: float) -> float:
         """Return how long the one that runs still lasts; infinite where none does, or somebody has to end it."""
         trial = self.running
-        return math.inf if trial is None else max(0.0, trial.began_s + self.length_s - now_s)
+        if trial is None:
+            return math.inf
+        end_s = trial.began_s + self.length_s if trial.pending is None else trial.pending.at_s
+        return max(0.0, end_s - now_s)
 
     def settle(self, *, now_s: float, failure: str, confirmed: int) -> TrialEnd | None:
         """End the trial that runs, if it is time to, or somebody said so.
@@ -121,6 +150,8 @@ class Trials:
         live, is_confirmed = self.slot.live.number, confirmed == trial.number
         if live != trial.number:
             return self._note_change(trial, is_back=live == trial.before_number)
+        if trial.pending is not None:
+            return self.go_back(trial, trial.pending.reason, judge=trial.pending.judge)
         refused = self.refusals.find(trial.target)
         if refused is not None:
             return self.go_back(trial, refused.reason, judge=Judge.ANOTHER)
@@ -151,16 +182,27 @@ class Trials:
         self.running = None
         return None
 
-    def go_back(self, trial: OnTrial, reason: str, *, judge: Judge) -> TrialEnd:
-        """Make the version before the trial live again; then note why."""
+    def go_back(self, trial: OnTrial, reason: str, *, judge: Judge) -> TrialEnd | None:
+        """Make the version before the trial live again; then note why. None where it has to wait for passes."""
+        if trial.pending is not None and self.clock.now_s() < trial.pending.at_s:
+            return None
         restore = None
         try:
             self.slot.rollback(to=trial.before_number, expected=trial.number)
+        except DrainTimeoutError as error:
+            self._wait_to_go_back(trial, reason, judge=judge, error=error)
+            return None
         except HotglmError as error:
             self.journal.say(logging.ERROR, f"cannot go back from {trial.target.version}: {error.message}")
             restore = trial.before
         self._end(trial, reason, judge=judge)
         return TrialEnd(applied=trial.before, held=(trial.target, trial.number), restore=restore)
+
+    def _wait_to_go_back(self, trial: OnTrial, reason: str, *, judge: Judge, error: HotglmError) -> None:
+        attempt = 1 if trial.pending is None else trial.pending.attempt + 1
+        at_s = self.clock.now_s() + self.plan_pause(attempt)
+        self.running = replace(trial, pending=Return(reason=reason, judge=judge, attempt=attempt, at_s=at_s))
+        self.journal.stand(WatchState.ON_TRIAL, f"it has to go: {first_line(reason)}", error=error)
 
     def close(self, judgement: str) -> None:
         """End the trial that runs, without a judgement where `judgement` is empty; what is live stays live."""

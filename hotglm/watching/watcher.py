@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -31,6 +32,7 @@ from hotglm.release.store import Store
 from hotglm.slot.observer import attach_watcher
 from hotglm.slot.slot import ModuleSlot
 from hotglm.version import Version
+from hotglm.watching.backoff import plan_pause_s
 from hotglm.watching.engine import Engine
 from hotglm.watching.follow import parse_follow
 from hotglm.watching.hints import Hints, find_watch
@@ -93,6 +95,7 @@ class Watcher:
         self._detach: Callable[[], None] = _nothing
         self._listen = find_watch() if policy.uses_events else None
         self._reset_locks()
+        clock, seed = clock or Clock(), f"{slot.name}/{os.getpid()}"
         scanner = Scanner(place, followed)
         journal = Journal(slot=slot, show=self._tell)
         directory = None if policy.quarantine is None else os.path.abspath(os.fsdecode(policy.quarantine))
@@ -104,16 +107,25 @@ class Watcher:
             refusals=refusals,
             loader=loader,
             trials=Trials(
-                slot=slot, journal=journal, refusals=refusals, loader=loader, length_s=trial_s, probe=policy.probe
+                slot=slot,
+                journal=journal,
+                refusals=refusals,
+                loader=loader,
+                length_s=trial_s,
+                probe=policy.probe,
+                clock=clock,
+                plan_pause=functools.partial(
+                    plan_pause_s, first_s=policy.retry_s, limit_s=policy.max_retry_s, seed=f"{seed}/back"
+                ),
             ),
             journal=journal,
             policy=policy,
-            clock=clock or Clock(),
+            clock=clock,
             service=None if service is None else verify_word(service, what="service"),
             is_label=followed.label is not None,
             requests=self._requests,
             retries=Retries(is_label=followed.label is not None),
-            seed=f"{slot.name}/{os.getpid()}",
+            seed=seed,
         )
 
     def _reset_locks(self) -> None:
