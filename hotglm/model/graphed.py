@@ -43,6 +43,7 @@ from torch.utils import _pytree as pytree
 
 from hotglm.errors import ArgumentError, Problem, UnswappableError, WarmUpError, shorten_repr
 from hotglm.model.compiled import COMPILED_CALL, CompiledCall
+from hotglm.model.pass_kinds import CONSTANTS, fill, flatten, is_tensor, name_kind, unflatten
 from hotglm.model.sight import Sight, look_at
 from hotglm.model.wrappers import find_memory
 from hotglm.problem import describe_exception
@@ -51,7 +52,6 @@ from hotglm.weights.graphs import Recorder, Recording
 __all__ = ["GraphedCall", "Graphs", "find_graphed", "prepare_graphs"]
 
 _CODE = "CANNOT_SWAP_CAPTURED"
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +59,14 @@ class _Graph:
     """One captured pass: what was given, and what comes back, where its tensors are left out."""
 
     recording: Recording
-    given: Any  # the structure of arguments
-    returned: Any  # the structure of what comes back
-    leaves: tuple[object, ...]  # of what comes back; tensors are None
+    given: object  # how arguments are nested
+    returned: Any  # how what comes back is nested; None where it is one tensor
+    leaves: tuple[object, ...]  # of what comes back, with _TENSOR for tensors
 
     def rebuild(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Return what a pass returns."""
+        if self.returned is None:
+            return tensors[0]
         left = iter(tensors)
         leaves = [next(left) if leaf is _TENSOR else leaf for leaf in self.leaves]
         return pytree.tree_unflatten(leaves, self.returned)
@@ -84,9 +86,9 @@ class Bound:
     is_training: bool
     is_trained: bool  # some parameter wants a gradient
 
-    def find(self, leaves: Sequence[Any], given: Any) -> _Graph | None:
+    def find(self, leaves: Sequence[Any], given: object) -> _Graph | None:
         """Return the graph for inputs of this kind."""
-        for graph in self.graphs.get(_name_kind(leaves), ()):
+        for graph in self.graphs.get(name_kind(leaves), ()):
             if graph.given == given:
                 return graph
         return None
@@ -104,7 +106,7 @@ class Graphs:
         self.recorder = recorder
         self.samples = tuple(samples)
         self.otherwise = otherwise
-        self.device_type = next(t.device.type for t in pytree.tree_leaves(self.samples) if _is_tensor(t))
+        self.device_type = next(t.device.type for t in pytree.tree_leaves(self.samples) if is_tensor(t))
         self.autocast = _read_autocast(self.device_type)
         self.homes: weakref.WeakKeyDictionary[Any, Bound] = weakref.WeakKeyDictionary()
         self.num_captured = 0
@@ -183,7 +185,7 @@ class GraphedCall:
         bound, graphs = self.bound, self.graphs
         if bound is None or _is_inside():  # a twin before it is prepared, or a part of a pass that is being captured
             return self._run(module, args, kwargs)
-        leaves, given = pytree.tree_flatten((args, kwargs))
+        leaves, given = flatten(args, kwargs)
         graph, stream = bound.find(leaves, given), graphs.recorder.find_stream()
         why = "inputs of another kind" if graph is None else "a stream that is captured" if stream is None else None
         why = why or _find_reason(bound, graphs, module, leaves)
@@ -191,7 +193,7 @@ class GraphedCall:
             graphs.miss(why or "")
             return self._run(module, args, kwargs)
         with torch.no_grad():
-            return graph.rebuild(graphs.run(graph, [leaf for leaf in leaves if _is_tensor(leaf)], stream))
+            return graph.rebuild(graphs.run(graph, [leaf for leaf in leaves if is_tensor(leaf)], stream))
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Callable[..., Any] = module._call_impl if self.inner is None else self.inner
@@ -228,7 +230,7 @@ class GraphedCall:
         captured: dict[Hashable, list[_Graph]] = {}
         with _inside(self.graphs), _restored(module):
             for number, (args, kwargs) in enumerate(self.graphs.samples):
-                leaves, given = pytree.tree_flatten((args, kwargs))
+                leaves, given = flatten(args, kwargs)
                 try:
                     graph = self._record(module, leaves, given, taken=sight.storages)
                 except Exception as error:
@@ -238,49 +240,36 @@ class GraphedCall:
                         remedy="run it by hand; a pass that is captured may not wait for the device (.item(), .cpu()), "
                         "and takes and returns tensors in tuples, lists and dictionaries.",
                     ) from error
-                captured.setdefault(_name_kind(leaves), []).append(graph)
+                captured.setdefault(name_kind(leaves), []).append(graph)
                 self.graphs.num_captured += 1
         _verify_unchanged(sight, look_at(module))
         is_trained = any(parameter.requires_grad for parameter in module.parameters())
         return Bound(sight=sight, graphs=captured, is_training=module.training, is_trained=is_trained)
 
-    def _record(self, module: nn.Module, leaves: Sequence[Any], given: Any, *, taken: frozenset[int]) -> _Graph:
+    def _record(self, module: nn.Module, leaves: Sequence[Any], given: object, *, taken: frozenset[int]) -> _Graph:
         returned: list[Any] = []
 
         def run(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            left = iter(tensors)
-            args, kwargs = pytree.tree_unflatten([next(left) if _is_tensor(x) else x for x in leaves], given)
             versions = [tensor._version for tensor in tensors]
-            found, structure = pytree.tree_flatten(self._run(module, args, kwargs))
+            args, kwargs = unflatten(list(fill(leaves, tensors)), given)
+            output = self._run(module, args, kwargs)
+            found, structure = pytree.tree_flatten(output)
             _verify_pass(found, changed=[tensor._version for tensor in tensors] != versions)
-            returned[:] = [structure, tuple(_TENSOR if _is_tensor(leaf) else leaf for leaf in found)]
+            leaf_marks = tuple(_TENSOR if is_tensor(leaf) else leaf for leaf in found)
+            returned[:] = [None if is_tensor(output) else structure, leaf_marks]
             # A weight that is an output is copied: a graph that kept it would keep the lease on the arena.
-            tensors = [leaf for leaf in found if _is_tensor(leaf)]
+            tensors = [leaf for leaf in found if is_tensor(leaf)]
             return [leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf for leaf in tensors]
 
-        recording = self.graphs.recorder.capture(run, [leaf for leaf in leaves if _is_tensor(leaf)])
+        recording = self.graphs.recorder.capture(run, [leaf for leaf in leaves if is_tensor(leaf)])
         return _Graph(recording=recording, given=given, returned=returned[0], leaves=returned[1])
-
-
-def _is_tensor(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor)
-
-
-def _name_kind(leaves: Sequence[Any]) -> Hashable:
-    """Return what tells inputs of one graph from those of another, but for how they are nested."""
-    return tuple(
-        (leaf.shape, leaf.dtype, leaf.device)
-        if _is_tensor(leaf)
-        else (type(leaf), repr(leaf) if isinstance(leaf, _CONSTANTS) else None)
-        for leaf in leaves
-    )
 
 
 def _find_reason(bound: Bound, graphs: Graphs, module: nn.Module, leaves: Sequence[Any]) -> str | None:
     """Return what keeps a pass of captured inputs from its graph, as the rest of a sentence."""
     if module.training != bound.is_training:
         return "another training flag"
-    if torch.is_grad_enabled() and (bound.is_trained or any(_is_tensor(x) and x.requires_grad for x in leaves)):
+    if torch.is_grad_enabled() and (bound.is_trained or any(is_tensor(x) and x.requires_grad for x in leaves)):
         return "gradients wanted"
     return None if _read_autocast(graphs.device_type) == graphs.autocast else "another autocast mode"
 
@@ -328,7 +317,7 @@ def _restored(module: nn.Module) -> Iterator[None]:
 
 
 def _verify_pass(found: Sequence[Any], *, changed: bool) -> None:
-    strange = [type(leaf).__name__ for leaf in found if not isinstance(leaf, (torch.Tensor, *_CONSTANTS))]
+    strange = [type(leaf).__name__ for leaf in found if not isinstance(leaf, (torch.Tensor, *CONSTANTS))]
     if strange:
         raise TypeError(f"a pass that returns tensors was expected, got {shorten_repr(strange[0])} among its outputs")
     if changed:

@@ -46,6 +46,9 @@ from hotglm.weights.graphs import Run
 
 __all__ = ["CudaRecorder", "CudaRecording", "find_cuda_recorder"]
 
+_ENDS = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+"""What torch calls it; the second before 2.8."""
+
 _NUM_WARM_UPS = 3
 """Passes before a capture, as torch's own `make_graphed_callables` has them."""
 
@@ -124,7 +127,8 @@ class CudaRecorder:
 
     def _tell_allocator(self, pool: Any) -> None:
         """Tell torch's allocator that the capture is over, which a `capture_end` that fails leaves out (torch 2.11)."""
-        end: Callable[..., None] | None = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        ends = (getattr(torch._C, name, None) for name in _ENDS)
+        end: Callable[..., None] | None = next((end for end in ends if end is not None), None)
         if end is not None:
             with contextlib.suppress(RuntimeError):  # it knows already
                 end(self._device.index, pool)
