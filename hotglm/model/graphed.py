@@ -119,7 +119,15 @@ class Graphs:
         """Return itself."""
         return self
 
-    def run(self, graph: _Graph, tensors: Sequence[torch.Tensor], stream: Any) -> list[torch.Tensor]:
+    def rehearse(self, graph: _Graph, tensors: Sequence[torch.Tensor]) -> None:
+        """Replay a new graph once: its first replay brings it to the device, and no pass is to pay for that."""
+        stream = self.recorder.find_stream()
+        if stream is not None:
+            self.run(graph, tensors, stream, num_passes=0)
+
+    def run(
+        self, graph: _Graph, tensors: Sequence[torch.Tensor], stream: Any, *, num_passes: int = 1
+    ) -> list[torch.Tensor]:
         """Replay `graph` for `tensors` on the current stream, in turn; return copies of what comes out."""
         recorder, recording = self.recorder, graph.recording
         with self._lock:
@@ -129,7 +137,7 @@ class Graphs:
             for source, target in zip(tensors, recording.inputs, strict=True):
                 recorder.copy(source, target)
             recording.replay()
-            self.num_replayed += 1
+            self.num_replayed += num_passes
             return [recorder.clone(tensor) for tensor in recording.outputs]
 
     def miss(self, why: str) -> None:
@@ -261,8 +269,11 @@ class GraphedCall:
             tensors = [leaf for leaf in found if is_tensor(leaf)]
             return [leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf for leaf in tensors]
 
-        recording = self.graphs.recorder.capture(run, [leaf for leaf in leaves if is_tensor(leaf)])
-        return _Graph(recording=recording, given=given, returned=returned[0], leaves=returned[1])
+        samples = [leaf for leaf in leaves if is_tensor(leaf)]
+        recording = self.graphs.recorder.capture(run, samples)
+        graph = _Graph(recording=recording, given=given, returned=returned[0], leaves=returned[1])
+        self.graphs.rehearse(graph, samples)
+        return graph
 
 
 def _find_reason(bound: Bound, graphs: Graphs, module: nn.Module, leaves: Sequence[Any]) -> str | None:

@@ -88,7 +88,7 @@ class Receipt:
         migration: what was done to bring the weights to the code's layout, in words; empty where nothing was.
         recompiles: pieces of code that torch compiled while it was staged; 0 where what had been compiled for the live
             version serves this one, too. What passes had compiled since is in `slot.status().recompiles`.
-        recaptures: device graphs that torch recorded while it was staged.
+        recaptures: device graphs that torch or hotglm captured while it was staged; 0 where its memory has its graphs.
         commit_s: time from entering the commit to the new generation being visible, in seconds.
         at_s: wall-clock time, seconds since 1970.
         code: error code of a refusal, else empty.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,7 +141,7 @@ class FakeRecorder:
     num_replayed: int = 0
     num_lost: int = 0
     threads: list[int] = field(default_factory=list)
-    made: list[FakeRecording] = field(default_factory=list)
+    made: weakref.WeakSet[FakeRecording] = field(default_factory=weakref.WeakSet)
 
     def capture(self, run: Run, samples: Sequence[torch.Tensor]) -> FakeRecording:
         run([sample.clone() for sample in samples])
@@ -150,7 +151,9 @@ class FakeRecorder:
             outputs = tuple(run(list(inputs)))
         self.num_captured += 1
         self.threads.append(threading.get_ident())
-        return FakeRecording(self, inputs, outputs, tape.steps)
+        recording = FakeRecording(self, inputs, outputs, tape.steps)
+        self.made.add(recording)
+        return recording
 
     def find_stream(self) -> str | None:
         return None if current_stream() == "captured" else current_stream()
