@@ -68,7 +68,7 @@ class _RunQueue:
 
     def __init__(self) -> None:
         try:
-            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
         except OSError:
             self._fd = -1
 
