@@ -10,7 +10,7 @@ import torch
 from hotglm.errors import StageFailedError
 from hotglm.weights import cuda_lane
 from hotglm.weights.cuda import CudaDevice, find_cuda_device
-from hotglm.weights.device_exchange import DeviceExchange
+from hotglm.weights.device_exchange import DeviceExchange, wait_for_work
 from hotglm.weights.exchange import Pair
 from hotglm.weights.host_exchange import HostExchange
 from hotglm.weights.pinned_arena import PinnedArena
@@ -82,7 +82,7 @@ def test_both_exchanges_stay_on_their_device(fake: FakeCuda, device: CudaDevice,
     for value in (2.0, 0.0, 2.0):
         is_odd = value == 2.0
         exchange = DeviceExchange(device, pairs, block=None) if is_odd else HostExchange(device, pairs, arena=arena)
-        exchange.follow_passes(timeout_s=0.0)
+        wait_for_work([exchange.device], timeout_s=10.0)
         exchange.submit().wait()
         exchange.settle()
         assert (float(live.max()), float(image.max())) == (value, 2.0 - value)

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 import hotglm
 from hotglm.errors import HotglmError, MemoryPlanError, NonFiniteError, UnswappableError
-from hotglm.weights import host_exchange, places
+from hotglm.weights import device_exchange, exchanges, host_exchange, places
 from hotglm.weights.device import Event
+from hotglm.weights.device_exchange import wait_for_work
 from hotglm.weights.host_exchange import HostExchange
 from hotglm.weights.pinned_arena import PinnedArena
 from support.device_models import Queued, Spread, make_spread, make_spread_state
@@ -24,8 +25,15 @@ from support.fake_device import Choices, FakeDevice, FakeLane, FakePinned, FakeP
 from support.swaps import same_bits
 
 X = torch.linspace(-1, 1, 16).view(2, 8)
-ON_HOST = hotglm.InPlace(timeout_s=0.2, image="host")
+ON_HOST = hotglm.InPlace(image="host")
 COPY = FakeLane.copy_all
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake goes on when it is asked, and not with time."""
+    monkeypatch.setattr(device_exchange, "_MIN_PAUSE_S", 0.0)
+    monkeypatch.setattr(device_exchange, "_MAX_PAUSE_S", 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +45,11 @@ def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sizes", [(3, 0, 40, 7, 1), (1,), (150,), (5, 5, 5, 5, 5, 5, 5)])
 def test_every_pass_reads_its_own_version(sizes: tuple[int, ...]) -> None:
     """Whatever the device does when, passes before and after a swap read their version, and the image gets the old."""
-    assert all(HostProgram(Choices(seed), sizes=sizes).run(num_swaps=2) for seed in range(12))
+    assert all(HostProgram(Choices(seed), sizes=sizes).run(num_swaps=2) for seed in range(6))
 
 
 def forget_passes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(HostExchange, "follow_passes", lambda exchange, timeout_s: None)
+    patch.setattr(exchanges, "wait_for_work", lambda devices, timeout_s: None)
 
 
 def publish_too_early(patch: pytest.MonkeyPatch) -> None:
@@ -49,7 +57,7 @@ def publish_too_early(patch: pytest.MonkeyPatch) -> None:
 
     def forget(exchange: HostExchange) -> Event:
         submit(exchange)
-        return cast(FakeDevice, exchange._device).record_on("idle")
+        return cast(FakeDevice, exchange.device).record_on("idle")
 
     patch.setattr(HostExchange, "submit", forget)
 
@@ -115,7 +123,7 @@ def test_a_failure_at_every_copy_is_undone(monkeypatch: pytest.MonkeyPatch, *, i
     for nth in range(1, num_copies + 1):
         program = start(Choices(nth), HostProgram)
         exchange = program.exchange()
-        exchange.follow_passes(timeout_s=0.0)
+        wait_for_work([exchange.device], timeout_s=10.0)
         with monkeypatch.context() as patch:
             Failing(nth, is_half=is_half).plant(patch)
             with pytest.raises(MemoryError, match="planted"):
@@ -130,7 +138,7 @@ def test_an_undo_that_fails_goes_on_where_it_failed(monkeypatch: pytest.MonkeyPa
     for fails_at in (None, 6, 7, 8):
         program = start(Choices(nth), HostProgram)
         exchange = program.exchange()
-        exchange.follow_passes(timeout_s=0.0)
+        wait_for_work([exchange.device], timeout_s=10.0)
         if fails_at is None:
             exchange.submit()
         else:
@@ -154,7 +162,7 @@ def test_an_undo_that_does_not_wait_for_the_way_back_is_caught(monkeypatch: pyte
     for seed in range(40):
         program = start(Choices(seed), HostProgram)
         exchange = program.exchange()
-        exchange.follow_passes(timeout_s=0.0)
+        wait_for_work([exchange.device], timeout_s=10.0)
         with monkeypatch.context() as patch:
             Failing(9, is_half=False).plant(patch)  # the first copy of a step: 4 of the one before is on its way
             with pytest.raises(MemoryError, match="planted"):

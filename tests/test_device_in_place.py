@@ -12,22 +12,35 @@ from typing import Any, cast
 
 import pytest
 
-from hotglm.weights import device_exchange
+from hotglm.weights import device_exchange, exchanges
 from hotglm.weights.device import Event
 from hotglm.weights.device_arena import DeviceArena
-from hotglm.weights.device_exchange import DeviceExchange
+from hotglm.weights.device_exchange import DeviceExchange, wait_for_work
 from support.exchange_program import Program, start
 from support.fake_device import Choices, FakeDevice, FakeEvent, FakeLane, every_schedule
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake goes on when it is asked, and not with time."""
+    monkeypatch.setattr(device_exchange, "_MIN_PAUSE_S", 0.0)
+    monkeypatch.setattr(device_exchange, "_MAX_PAUSE_S", 0.0)
+
+
+ALL_STREAMS = ("default", "second", "side")
+"""Two that passes use, and the one on which a stage reads what is live."""
 
 
 @pytest.mark.parametrize("sizes", [(3, 0, 40, 7, 1), (1,), (300,), (5, 5, 5, 5, 5, 5, 5)])
 def test_every_pass_reads_its_own_version(sizes: tuple[int, ...]) -> None:
     """Whatever the device does when, passes before and after a swap read their version, and the image gets the old."""
-    assert all(Program(Choices(seed), sizes=sizes).run(num_swaps=3) for seed in range(25))
+    assert all(Program(Choices(seed), sizes=sizes).run(num_swaps=3, streams=ALL_STREAMS) for seed in range(10))
 
 
-def test_every_schedule_of_a_small_program_is_right() -> None:
+def test_every_schedule_of_a_small_program_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """A swap of one tensor by way of the room, one stream: not one of all schedules there are goes wrong."""
+    # A device that does nothing while the host asks has no end of schedules: here it goes on until it is done.
+    monkeypatch.setattr(FakeEvent, "is_done", lambda event: event.wait() is None)
     results = [
         Program(choices, sizes=(2,), is_coarse=True).run(num_swaps=1, streams=("default",))
         for choices in itertools.islice(every_schedule(), 20_000)
@@ -36,22 +49,34 @@ def test_every_schedule_of_a_small_program_is_right() -> None:
 
 
 def forget_passes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(DeviceExchange, "follow_passes", lambda exchange, timeout_s: None)
+    patch.setattr(exchanges, "wait_for_work", lambda devices, timeout_s: None)
 
 
 def record_before_the_gate_is_empty(patch: pytest.MonkeyPatch) -> None:
     """Record the events of the passes when the exchange is made, before the last of them are there."""
-    made = Program.exchange
+    made, early = Program.exchange, list[Event]()
 
     def make(program: Program) -> DeviceExchange:
         exchange: DeviceExchange = made(program)
-        early = program.device.record_passes()
-        patch.setattr(exchange, "follow_passes", lambda timeout_s: exchange._lane.wait_for(early))
-        program.passes(len(program.seen) and program.seen[-1][0])
+        early[:] = program.device.record_passes()
+        program.passes(program.seen[-1][0])
         return exchange
 
+    def wait_for_early(devices: Any, timeout_s: float) -> None:
+        for event in early:
+            event.wait()
+
     patch.setattr(Program, "exchange", make)
-    patch.setattr(DeviceExchange, "__slots__", (), raising=False)
+    patch.setattr(exchanges, "wait_for_work", wait_for_early)
+
+
+def forget_the_side_stream(patch: pytest.MonkeyPatch) -> None:
+    def wait_for_passes(devices: Any, timeout_s: float) -> None:
+        for device in devices:
+            for event in device.record_passes():
+                event.wait()
+
+    patch.setattr(exchanges, "wait_for_work", wait_for_passes)
 
 
 def publish_too_early(patch: pytest.MonkeyPatch) -> None:
@@ -59,7 +84,7 @@ def publish_too_early(patch: pytest.MonkeyPatch) -> None:
 
     def forget(exchange: DeviceExchange) -> Event:
         submit(exchange)
-        return cast(FakeDevice, exchange._device).record_on("idle")
+        return cast(FakeDevice, exchange.device).record_on("idle")
 
     patch.setattr(DeviceExchange, "submit", forget)
 
@@ -103,7 +128,7 @@ def copy_on_two_streams(patch: pytest.MonkeyPatch) -> None:
     copy, count = DeviceExchange._copy, iter(range(1 << 20))
 
     def copy_there(exchange: DeviceExchange, copies: Any) -> None:
-        lane, exchange._lane = exchange._lane, exchange._device.lane(1) if next(count) % 2 else exchange._lane
+        lane, exchange._lane = exchange._lane, exchange.device.lane(1) if next(count) % 2 else exchange._lane
         copy(exchange, copies)
         exchange._lane = lane
 
@@ -112,6 +137,7 @@ def copy_on_two_streams(patch: pytest.MonkeyPatch) -> None:
 
 HAZARDS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "passes": forget_passes,
+    "reads of a stage": forget_the_side_stream,
     "early events of passes": record_before_the_gate_is_empty,
     "publish": publish_too_early,
     "early event": record_too_early,
@@ -125,7 +151,7 @@ HAZARDS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 def test_a_missing_wait_is_caught(hazard: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait that is planted to be missing makes a pass, or the undo image, wrong in one of a few schedules."""
     HAZARDS[hazard](monkeypatch)
-    assert not all(Program(Choices(seed)).run(num_swaps=3) for seed in range(40))
+    assert not all(Program(Choices(seed)).run(num_swaps=3, streams=ALL_STREAMS) for seed in range(40))
 
 
 def test_a_room_that_is_too_small_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +195,7 @@ def test_a_failure_at_every_copy_is_undone(monkeypatch: pytest.MonkeyPatch, *, i
     for nth in range(1, num_copies + 1):
         program = start(Choices(nth))
         exchange = program.exchange()
-        exchange.follow_passes(timeout_s=0.0)
+        wait_for_work([exchange.device], timeout_s=10.0)
         with monkeypatch.context() as patch:
             failing = Failing(nth, is_half=is_half)
             patch.setattr(FakeLane, "copy_all", lambda *args, failing=failing: failing.copy_all(*args))
@@ -186,7 +212,7 @@ def test_an_undo_that_fails_goes_on_where_it_failed(monkeypatch: pytest.MonkeyPa
     """A second `undo` ends what the first has begun; so it is with `settle`."""
     program = start(Choices(nth))
     exchange = program.exchange()
-    exchange.follow_passes(timeout_s=0.0)
+    wait_for_work([exchange.device], timeout_s=10.0)
     exchange.submit()
     for way in (exchange.undo, exchange.settle):
         if way == exchange.settle:
@@ -206,7 +232,7 @@ def test_an_undo_that_is_not_ordered_is_caught(monkeypatch: pytest.MonkeyPatch) 
     undo = DeviceExchange.undo
 
     def turn(exchange: DeviceExchange) -> None:
-        exchange._lane = exchange._device.lane(1)
+        exchange._lane = exchange.device.lane(1)
         undo(exchange)
 
     monkeypatch.setattr(DeviceExchange, "undo", turn)
@@ -214,7 +240,7 @@ def test_an_undo_that_is_not_ordered_is_caught(monkeypatch: pytest.MonkeyPatch) 
     for seed in range(20):
         program = start(Choices(seed))
         exchange = program.exchange()
-        exchange.follow_passes(timeout_s=0.0)
+        wait_for_work([exchange.device], timeout_s=10.0)
         exchange.submit()
         exchange.undo()
         program.device.finish()

@@ -16,11 +16,18 @@ from hotglm.weights import device_exchange, places
 from hotglm.weights.device_exchange import DeviceExchange
 from hotglm.weights.exchanges import Exchanges
 from support.device_models import Queued, Spread, make_spread, make_spread_state
-from support.fake_device import Choices, FakeDevice, FakeLane, FakePlaces
+from support.fake_device import Choices, FakeDevice, FakeEvent, FakeLane, FakePlaces
 from support.swaps import same_bits
 
 X = torch.linspace(-1, 1, 16).view(2, 8)
-IN_PLACE = hotglm.InPlace(timeout_s=0.2)
+IN_PLACE = hotglm.InPlace()
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake goes on when it is asked, and not with time."""
+    monkeypatch.setattr(device_exchange, "_MIN_PAUSE_S", 0.0)
+    monkeypatch.setattr(device_exchange, "_MAX_PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -38,8 +45,8 @@ def reference(state: dict[str, torch.Tensor]) -> torch.Tensor:
     return found
 
 
-def make_slot(module: Spread, **options: Any) -> hotglm.ModuleSlot:
-    return hotglm.ModuleSlot(module, name="m", version="1.0.0", swap=IN_PLACE, constants=["last.mask"], **options)
+def make_slot(module: Spread, swap: hotglm.InPlace = IN_PLACE, **options: Any) -> hotglm.ModuleSlot:
+    return hotglm.ModuleSlot(module, name="m", version="1.0.0", swap=swap, constants=["last.mask"], **options)
 
 
 def addresses(module: torch.nn.Module) -> list[int]:
@@ -94,7 +101,7 @@ class _Done:
 
 
 PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "passes": lambda patch: patch.setattr(Exchanges, "follow_passes", lambda exchange, timeout_s: None),
+    "passes": lambda patch: patch.setattr(Exchanges, "wait_for_work", lambda exchange, timeout_s: None),
     "passes, one stream": lambda patch: patch.setattr(
         FakeDevice, "record_passes", lambda device, timeout_s=None: (device.record_on("default"),)
     ),
@@ -237,16 +244,29 @@ def _refuse(lane: FakeLane, sources: Any, targets: Any) -> None:
     raise MemoryError("planted")
 
 
-def test_a_capture_that_does_not_end_holds_nobody_up_for_longer_than_a_pass_may(fakes: FakePlaces) -> None:
-    """While a graph is being captured nobody can tell whether passes are done: the commit gives up."""
+def _never_end(devices: list[FakeDevice], patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(FakeEvent, "is_done", lambda event: event.device is not devices[0])
+
+
+def _capture(devices: list[FakeDevice], patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(devices[0], "is_captured", True)
+
+
+@pytest.mark.parametrize(
+    ("happen", "says"), [(_capture, "Expected a capture to end"), (_never_end, "Expected work on fake:0 to end")]
+)
+def test_a_device_that_is_busy_holds_nobody_up_for_longer_than_a_pass_may(
+    fakes: FakePlaces, happen: Callable[[list[FakeDevice], pytest.MonkeyPatch], None], says: str
+) -> None:
+    """A capture, or a kernel that does not end, on any stream: the commit gives up, and can be tried."""
     module, devices = make_spread(fakes, 0)
-    slot = make_slot(module)
+    slot = make_slot(module, swap=hotglm.InPlace(timeout_s=0.5))
     before = slot(X)
     staged = slot.stage(make_spread_state(1), version="1.0.1")
-    devices[0].is_captured = True
-    with pytest.raises(DrainTimeoutError, match="captures of graphs to end within"):
-        slot.commit(staged)
-    assert same_bits(slot(X), before)
-    devices[0].is_captured = False
+    with pytest.MonkeyPatch.context() as patch:
+        happen(devices, patch)
+        with pytest.raises(DrainTimeoutError, match=says):
+            slot.commit(staged)
+        assert same_bits(slot(X), before)
     slot.commit(staged)
     assert same_bits(slot(X), reference(make_spread_state(1)))

@@ -261,7 +261,7 @@ class InPlaceAdmission(Admission):
             self.gate.close(closing)
             num_inside = self.gate.count_inside()
             self._wait_until_empty(closing, unwanted)
-            self._follow_passes(ready, timeout_s=self._policy.timeout_s + started - time.perf_counter())
+            self._wait_for_work(ready, timeout_s=self._policy.timeout_s + started - time.perf_counter())
             waited = time.perf_counter()
             change.claim.take()
             self._exchange(change, ready, closing, started=started, waited=waited, num_inside=num_inside)
@@ -302,13 +302,13 @@ class InPlaceAdmission(Admission):
             remedy="commit again when they have ended, or raise InPlace.timeout_s; nothing has changed.",
         )
 
-    def _follow_passes(self, ready: Ready, *, timeout_s: float) -> None:
+    def _wait_for_work(self, ready: Ready, *, timeout_s: float) -> None:
         try:
-            ready.exchange.follow_passes(timeout_s=max(0.0, timeout_s))
+            ready.exchange.wait_for_work(timeout_s=max(0.0, timeout_s))
         except StageFailedError as failure:
             raise DrainTimeoutError(
-                f"Expected captures of graphs to end within {self._policy.timeout_s} s of a commit in place, got one "
-                f"that did not: {failure}.",
+                f"Expected what devices were given to end within {self._policy.timeout_s} s of a commit in place, got "
+                f"some that did not. {failure.message}",
                 remedy="commit again when it has ended, or raise InPlace.timeout_s; nothing has changed.",
             ) from failure
 

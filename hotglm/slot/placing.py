@@ -19,6 +19,7 @@ from hotglm.errors import MemoryPlanError, Problem, UnswappableError
 from hotglm.model.derived import find_refreshers
 from hotglm.model.extents import lay_out
 from hotglm.model.inspection import StateEntry, find_state
+from hotglm.model.scripted import is_script
 from hotglm.slot.memory import DevicePlan, MemoryPlan
 from hotglm.slot.spare import Spares
 from hotglm.slot.stage_request import StageRequest
@@ -100,6 +101,8 @@ def _verify_provable(request: StageRequest, entries: Sequence[StateEntry], *, mo
         UnswappableError: naming all of it.
     """
     problems = [*_find_passes(request), *_find_derived(request, module), *_find_gaps(entries)]
+    if is_script(module):
+        problems.append(Problem(code="CANNOT_SWAP", message="TorchScript is copied with its weights where these are"))
     if problems:
         raise UnswappableError(
             f"Expected a version that can be proved without running it, because it is staged on the host: {why}.",

@@ -73,7 +73,7 @@ class InPlaceRecord:
         nbytes: their bytes.
         buffer_nbytes: what was held beside the two copies while it ran.
         num_waited_for: passes and sessions that were inside when the gate closed.
-        waited_s: how long they took to leave, in seconds.
+        waited_s: how long they took to leave, and devices to do what they had queued, in seconds.
         closed_s: how long new passes were held back in all, in seconds.
         copied_s: how long the exchange itself took, in seconds.
         num_storages: storages of the live module.

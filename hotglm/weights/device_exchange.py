@@ -2,22 +2,26 @@
 
 Rules this module keeps:
 
-- Once `follow_passes` has returned, everything that is submitted comes after the passes that have left the gate; once
-  `run` has, all of it is done, and so it is once `undo` has. What is published and let in afterwards comes later still.
+- Once `wait_for_work` has returned, everything that is submitted comes after the passes that have left the gate; once
+  the event of `submit` is done, or `undo` has returned, all of it is over. What is let in afterwards comes later still.
 - Whatever it needs is made by the constructor. While it runs, nothing is allocated, on the device or here, but events.
 - Few calls: tensors that are neighbours in the image go together, and so do pieces of one that is large.
 - Live tensors are written through torch, which counts their versions (`[Note: version counters]`, weights/exchange.py).
 
 [Note: exchange]
 **Order.** The gate knows that passes have returned; their kernels may still be queued (O5 in [Note: streams]). So an
-event is recorded on every stream that a pass may have used, *after* the gate was seen empty, and the stream of the
-exchange waits for them, on the device ("passes" in tests/test_device_in_place.py). The other way round, whoever is let
-in afterwards may submit to any stream at once. So the thread of the commit, which serves nobody, waits until the host
-has seen the last copy done before it publishes and opens the gate (O3; "publish"). An event for each pass to wait on
-would cost every pass for ever what a commit pays once. The stream is one of our own: behind the loads on the side
-stream the gate would be shut for them too. A graph that is being captured lets no event be recorded on its stream.
-Passes that capture are inside the gate until they are done; for others the commit waits as long as it waits for passes,
-and gives up with nothing changed.
+event is recorded on every stream that a pass may have used, and on the side stream, where a stage may still be reading
+what is live, *after* the gate was seen empty; and the thread of the commit, which serves nobody, waits until the host
+has seen them done (O3; "passes" and "reads of a stage" in tests/test_device_in_place.py). It could have its stream wait
+on the device, which is some 50 us quicker, and would then have no way back: a kernel on any stream that does not end,
+such as one that waits for another machine, would keep the gate shut for as long. So it waits here, for as long as for
+passes, and gives up with nothing changed. The same holds for a graph that is being captured, on whose stream no event
+can be recorded; passes that capture are inside the gate until they are done.
+
+The other way round, whoever is let in afterwards may submit to any stream at once. So the same thread waits until the
+host has seen the last copy done before it publishes and opens the gate (O3; "publish"). An event for each pass to wait
+on would cost every pass for ever what a commit pays once. The stream of the exchange is one of our own: what loads of
+other slots submit to the side stream meanwhile holds nobody up.
 
 **Two copies and not three.** An exchange by way of a buffer copies each byte three times, and is as quick as two copies
 only while the buffer stays in the device's cache, which depends on sizes that nobody knows here. Instead the block of
@@ -44,16 +48,18 @@ What is derived and lies outside of the block (a tensor in an attribute) is put 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from hotglm.errors import StageFailedError
 from hotglm.weights.device import DEVICE_ALIGNMENT, Device, Event
 from hotglm.weights.device_arena import DeviceArena
 from hotglm.weights.exchange import Pair, flatten, is_dense
 
-__all__ = ["Copies", "DeviceExchange", "find_extent", "find_room", "view_words"]
+__all__ = ["Copies", "DeviceExchange", "find_extent", "find_room", "view_words", "wait_for_work"]
 
 _MIN_ROOM_NBYTES = 1 << 20
 _MAX_ROOM_NBYTES = 256 << 20
@@ -64,6 +70,9 @@ _GAP_NBYTES = DEVICE_ALIGNMENT
 """What is less between two tensors of an arena is padding, and belongs to nobody."""
 
 _WORD_NBYTES = 8
+
+_MIN_PAUSE_S = 2e-5
+_MAX_PAUSE_S = 1e-3
 
 
 def find_room(nbytes: int) -> int:
@@ -109,7 +118,7 @@ class DeviceExchange:
         Raises:
             MemoryPlanError: the device has no memory for what lies outside.
         """
-        self._device = device
+        self.device = device
         self._lane = device.lane(0)
         self.nbytes = sum(pair.nbytes for pair in pairs)
         inside = [] if block is None else [pair for pair in pairs if _has_room(pair, block)]
@@ -124,14 +133,6 @@ class DeviceExchange:
         self._ended = 0
         self._returned = 0  # copies back of one step that have been submitted
         self._homed = 0
-
-    def follow_passes(self, *, timeout_s: float) -> None:
-        """Have everything that is submitted from now on come after all passes that have returned.
-
-        Raises:
-            StageFailedError: a graph is being captured, so that nobody can tell.
-        """
-        self._lane.wait_for(self._device.record_passes(timeout_s=timeout_s))
 
     def submit(self) -> Event:
         """Submit every copy, and return the event behind them. Raises what the device raises; then `undo` it."""
@@ -166,6 +167,28 @@ class DeviceExchange:
         sources, targets = copies
         if sources:
             self._lane.copy_all(sources, targets)
+
+
+def wait_for_work(devices: Iterable[Device], *, timeout_s: float) -> None:
+    """Wait until what streams were given so far is done: all that passes use, and the side streams.
+
+    Raises:
+        StageFailedError: some of it is not done in that time, or a graph is being captured, so that nobody can tell.
+    """
+    deadline = time.monotonic() + timeout_s
+    for device in devices:
+        left_s = max(0.0, deadline - time.monotonic())
+        events = [*device.record_passes(timeout_s=left_s), device.record()]
+        pause_s = _MIN_PAUSE_S
+        while events := [event for event in events if not event.is_done()]:
+            if time.monotonic() > deadline:
+                raise StageFailedError(
+                    f"Expected work on {device.name} to end, got {len(events)} streams that are still busy after "
+                    f"{timeout_s:.2g} s.",
+                    remedy="try again when kernels that take long have ended.",
+                )
+            time.sleep(pause_s)
+            pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
 
 def view_words(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ from typing import Protocol
 from hotglm.weights import places
 from hotglm.weights.arena import Arena
 from hotglm.weights.device import Device, Event
-from hotglm.weights.device_exchange import DeviceExchange
+from hotglm.weights.device_exchange import DeviceExchange, wait_for_work
 from hotglm.weights.exchange import Exchange, Pair
 from hotglm.weights.host_exchange import HostExchange
 from hotglm.weights.pinned_arena import PinnedArena
@@ -24,10 +24,10 @@ __all__ = ["Exchanges", "make_exchanges"]
 class _OnDevice(Protocol):
     """What is exchanged on one device."""
 
+    device: Device
     nbytes: int
     buffer_nbytes: int
 
-    def follow_passes(self, *, timeout_s: float) -> None: ...
     def submit(self) -> Event: ...
     def undo(self) -> None: ...
     def settle(self) -> None: ...
@@ -51,14 +51,13 @@ class Exchanges:
         """Bytes held beside the tensors while it runs."""
         return self._here.buffer_nbytes + sum(part.buffer_nbytes for part in self._devices)
 
-    def follow_passes(self, *, timeout_s: float) -> None:
-        """Have what devices are given from now on come after the passes that have returned; nothing is written yet.
+    def wait_for_work(self, *, timeout_s: float) -> None:
+        """Wait until what devices were given so far is done, and the live tensors may be written.
 
         Raises:
-            StageFailedError: a graph is being captured on a device for longer than that.
+            StageFailedError: it is not done in that time, or a graph is being captured, so that nobody can tell.
         """
-        for part in self._devices:
-            part.follow_passes(timeout_s=timeout_s)
+        wait_for_work([part.device for part in self._devices], timeout_s=timeout_s)
 
     def run(self) -> None:
         """Exchange everything, and wait until it is done. Raises what fails; then `undo` it."""

@@ -72,7 +72,7 @@ class HostExchange:
         Raises:
             MemoryPlanError: the device has no memory for the windows.
         """
-        self._device = device
+        self.device = device
         self._there, self._back = device.lane(0), device.lane(1)
         self.nbytes = sum(pair.nbytes for pair in pairs)
         groups = list(_find_groups(pairs, arena))
@@ -89,14 +89,6 @@ class HostExchange:
                 _make_step(group, arena, windows[index % 2 * 2], windows[index % 2 * 2 + 1])
                 for index, group in enumerate(groups)
             ]
-
-    def follow_passes(self, *, timeout_s: float) -> None:
-        """Have everything that is submitted from now on come after all passes that have returned.
-
-        Raises:
-            StageFailedError: a graph is being captured, so that nobody can tell.
-        """
-        self._there.wait_for(self._device.record_passes(timeout_s=timeout_s))
 
     def submit(self) -> Event:
         """Submit every copy, and return the event behind them. Raises what the device raises; then `undo` it."""

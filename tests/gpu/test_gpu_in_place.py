@@ -193,7 +193,7 @@ def test_weights_are_written_while_a_kernel_reads(
     zero = torch.zeros((), device="cuda")
     torch.cuda.synchronize()
     if is_planted:
-        monkeypatch.setattr(Exchanges, "follow_passes", lambda exchange, timeout_s: None)
+        monkeypatch.setattr(Exchanges, "wait_for_work", lambda exchange, timeout_s: None)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         found = slot(zero)

@@ -62,7 +62,7 @@ class Program:
     def passes(self, version: int, streams: tuple[str, ...] = STREAMS) -> None:
         for stream in streams:
             if stream != "default":  # some passes begin at once, others when the service has found the time
-                self.device.delay(stream, 80)
+                self.device.delay(stream, 80 if stream == "second" else 300)
             for index, live in enumerate(self.live):
                 if live.is_contiguous() and live.numel():
                     found = torch.full_like(live, torch.nan)
@@ -82,7 +82,7 @@ class Program:
         for version in range(1, num_swaps + 1):
             self.stage(version)
             exchange = Exchanges(NOTHING, [self.exchange()])
-            exchange.follow_passes(timeout_s=0.0)
+            exchange.wait_for_work(timeout_s=10.0)
             exchange.run()
             self.passes(version, streams)
             exchange.settle()
