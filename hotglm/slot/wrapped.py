@@ -3,7 +3,8 @@
 Rules this module keeps:
 
 - The bytes inside a wrapper mean something only with its class and context, which no file carries. So they are taken
-  from wrappers that are alike, and from nothing else; plain weights for a wrapper are quantised by whoever knows how.
+  from wrappers that are alike, and from nothing else; plain weights for a wrapper are quantised by whoever knows how
+  (slot/quantizing.py).
 - Where the live code and the new one have a wrapper of one name, these are alike too.
 """
 
@@ -43,7 +44,7 @@ def verify_wrappers(module: nn.Module, *, offer: Offer, live: nn.Module) -> None
             "Expected quantised weights like those of the code that holds them, got others.",
             problems=problems,
             remedy="load the weights into a plain module, quantise it with the same settings, and pass that: "
-            "slot.update(module), or its state_dict().",
+            "slot.update(module), or its state_dict(); or tell the slot how: ModuleSlot(requantize=Requantize(...)).",
         )
 
 
