@@ -42,7 +42,11 @@ class Graph(torch.cuda.CUDAGraph):
 
 def make_graph() -> Any:
     """Return a graph."""
-    return torch.cuda.CUDAGraph() if torch.cuda.is_available() else Graph()
+    if torch.cuda.is_available():
+        return torch.cuda.CUDAGraph()
+    if torch.version.cuda is not None:
+        pytest.skip("this torch constructs graphs on devices alone")
+    return Graph()
 
 
 class Carrying(nn.Module):

@@ -109,6 +109,7 @@ class InterruptAt:
 
     def run(self, action: Callable[[], object]) -> bool:
         """Run `action`; return whether it was interrupted."""
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for a frame that wants opcodes when tracing begins
         sys.settrace(self)
         try:
             action()

@@ -85,6 +85,71 @@ def test_a_spare_that_the_device_cannot_hold_changes_nothing() -> None:
     assert torch.equal(slot.state_dict()["weight"].cpu(), state)
 
 
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.complex64,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+)
+
+
+class Zoo(nn.Module):
+    """Tensors of every dtype, of shapes that are easily forgotten, tied, strided and large."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for dtype in DTYPES:
+            for number, shape in enumerate([(), (0, 3), (7,), (5, 3), (1, 1, 9)]):
+                values = torch.rand(shape, generator=generator) * (2 if dtype is torch.bool else 100)
+                self.register_buffer(f"{dtype}_{number}".replace(".", "_"), values.to(dtype))
+        self.large = nn.Parameter(torch.rand(1000, 1000, generator=generator), requires_grad=False)
+        self.tied = self.large
+        self.turned = nn.Parameter(torch.rand(4, 6, generator=generator).t(), requires_grad=False)
+        self.register_buffer("every_other", torch.rand(64, generator=generator)[::2])
+
+
+@pytest.mark.parametrize("kind", ["file", "mapping", "mapping on the device", "module", "module on the device"])
+def test_every_dtype_and_shape_arrives(tmp_path: Path, kind: str) -> None:
+    """Digests and bytes are those of a slot on the processor: of all dtypes, scalars, empty, tied and strided ones."""
+    slots = [hotglm.ModuleSlot(Zoo(0).to(place), name="m", version="1.0.0") for place in ("cuda", "cpu")]
+    for number in (1, 2, 3):
+        source: Any = Zoo(number)
+        if kind == "module on the device":
+            source = source.cuda()
+        if "module" not in kind:
+            source = {name: tensor.contiguous() for name, tensor in source.state_dict().items()}
+        if kind == "file":
+            del source["tied"]
+            save_file(source, tmp_path / f"{number}.safetensors")
+            source = tmp_path / f"{number}.safetensors"
+        if kind == "mapping on the device":
+            source = {name: tensor.cuda() for name, tensor in source.items()}
+        receipts = [slot.update(source, version=f"1.0.{number}") for slot in slots]
+        assert receipts[0].digest == receipts[1].digest
+        found, expected = [slot.state_dict() for slot in slots]
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert (tensor.device.type, tensor.dtype, tensor.shape) == (
+                "cuda",
+                expected[name].dtype,
+                expected[name].shape,
+            )
+            flat = [each.cpu().contiguous().reshape(-1) for each in (tensor, expected[name])]
+            assert not tensor.numel() or torch.equal(*(each.view(torch.uint8) for each in flat)), name
+
+
 def test_a_module_on_the_device_and_the_processor(tmp_path: Path) -> None:
     """Parts in both places go live together, each where it was."""
 
