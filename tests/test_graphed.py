@@ -437,8 +437,8 @@ def test_a_number_that_is_left_out_of_the_comparison_is_caught(bench: Bench, mon
     """Graphs that are told by addresses alone give the old version's number: what these tests compare would differ."""
     look = sight.look_at
 
-    def look_away(module: nn.Module) -> Sight:
-        found = look(module)
+    def look_away(module: nn.Module, **options: Any) -> Sight:
+        found = look(module, **options)
         return Sight(parts={name: seen for name, seen in found.parts.items() if name != "scale"}, host=found.host)
 
     monkeypatch.setattr(graphed, "look_at", look_away)
@@ -523,6 +523,24 @@ def test_graphs_are_captured_by_threads_of_stages(bench: Bench) -> None:
     slot.update(state(1), version="1.0.1")
     assert bench.recorder.threads[:2] == [threading.get_ident()] * 2
     assert threading.get_ident() not in bench.recorder.threads[2:]
+
+
+def test_a_tensor_that_an_attribute_loses_is_kept_for_the_graph(bench: Bench) -> None:
+    """A pass without a graph that replaces a cache frees nothing that a graph reads; it goes with the module."""
+    module: Any = Model().eval()
+    module.cache = [torch.ones(WIDTH)]
+    holder = nn.Module()
+    holder.register_buffer("cache", module.cache[0])
+    bench.places.add(bench.device, holder)
+    reference = weakref.ref(module.cache[0])
+    module = bench.graph(module)
+    del holder
+    module.cache[0] = torch.zeros(WIDTH)
+    gc.collect()
+    assert reference() is not None
+    del module
+    gc.collect()
+    assert reference() is None
 
 
 def test_a_weight_among_the_outputs_keeps_no_arena(bench: Bench) -> None:
@@ -613,6 +631,23 @@ def test_arguments_that_cannot_be_meant_are_refused(
     """Each is named."""
     with pytest.raises(ArgumentError, match=words):
         bench.graph(Model(), inputs, **options)
+
+
+def test_a_module_is_graphed_last(bench: Bench) -> None:
+    """One whose tensors were converted or replaced since is refused by the slot; writing them in place is no harm."""
+    module = bench.graph(Model().eval())
+    module.load_state_dict(state(1))
+    assert same_bits(bench.run(hotglm.ModuleSlot(module, name="m", version="1.0.0")), cold(1))
+    changes: list[Callable[[Any], object]] = [
+        lambda model: model.double(),
+        lambda model: setattr(model.first, "bias", nn.Parameter(torch.zeros(WIDTH))),
+    ]
+    for change in changes:
+        moved = bench.graph(Model().eval())
+        change(moved)
+        bench.places.add(bench.device, moved)
+        with pytest.raises(UnswappableError, match="graph the module last"):
+            hotglm.ModuleSlot(moved, name="m", version="1.0.0")
 
 
 def test_a_module_is_graphed_once(bench: Bench) -> None:

@@ -16,8 +16,9 @@ module that looks like the one it was captured for in every respect that a captu
 at the same addresses, equal numbers, the same code. That is asked after the weights are in and all is refreshed.
 Graphs are kept by the arena (`homes`, by weak reference) and by the modules that replay them. When an arena is given
 up, and the last module over it is gone, so are they. What they read is never freed under them, because whoever replays
-holds the module, and that the lease on the memory; replays that are queued by then are waited for like any other work,
-by the events of whoever leases the memory next ("reuse" in [Note: streams], weights/device.py).
+holds the module, that the lease on the memory, and its call each tensor, should an attribute lose it. Replays that are
+queued by then are waited for like any other work, by the events of whoever leases the memory next ("reuse" in
+[Note: streams], weights/device.py).
 
 [Note: turns]
 Inputs are copied to where the graph reads them, the graph is replayed, outputs are copied out. A second pass that came
@@ -49,7 +50,7 @@ from hotglm.model.wrappers import find_memory
 from hotglm.problem import describe_exception
 from hotglm.weights.graphs import Recorder, Recording
 
-__all__ = ["GraphedCall", "Graphs", "find_graphed", "prepare_graphs"]
+__all__ = ["GraphedCall", "Graphs", "find_graphed", "prepare_graphs", "verify_graphs"]
 
 _CODE = "CANNOT_SWAP_CAPTURED"
 
@@ -164,7 +165,7 @@ class GraphedCall:
         bound: graphs over this module's memory; None before it is prepared.
     """
 
-    __slots__ = ("__weakref__", "_module", "bound", "graphs", "inner")
+    __slots__ = ("__weakref__", "_module", "_tensors", "bound", "graphs", "inner")
 
     def __init__(self, module: nn.Module, graphs: Graphs, *, inner: CompiledCall | None) -> None:
         """Stand for passes of `module`, which is held weakly."""
@@ -172,6 +173,7 @@ class GraphedCall:
         self.graphs = graphs
         self.inner = inner
         self.bound: Bound | None = None
+        self._tensors: list[torch.Tensor] = []  # what graphs read, kept where a pass replaces an attribute
 
     def bind_to(self, module: nn.Module) -> GraphedCall:
         """Return a call of another module, such as a twin, with no graphs yet; one that is compiled stays it."""
@@ -221,7 +223,8 @@ class GraphedCall:
         module, graphs = self._module(), self.graphs
         if module is None:
             raise ReferenceError("the module of this graphed call is gone")
-        sight = look_at(module)
+        tensors: list[torch.Tensor] = []
+        sight = look_at(module, tensors=tensors)
         _verify_on_device(sight)
         known = None if home is None else graphs.homes.get(home)
         if known is None or not sight.is_like(known.sight):
@@ -231,7 +234,7 @@ class GraphedCall:
             num_new = sum(map(len, known.graphs.values()))
         else:
             num_new = 0
-        self.bound = known
+        self.bound, self._tensors = known, tensors
         return num_new
 
     def _capture(self, module: nn.Module, sight: Sight) -> Bound:
@@ -358,6 +361,21 @@ def find_graphed(module: nn.Module) -> dict[str, GraphedCall]:
     """Return the graphed calls of a module's parts, by path."""
     calls = {path: vars(part).get(COMPILED_CALL) for path, part in module.named_modules()}
     return {path: call for path, call in calls.items() if isinstance(call, GraphedCall)}
+
+
+def verify_graphs(module: nn.Module) -> None:
+    """Return when the graphs of a module are still over its tensors.
+
+    Raises:
+        UnswappableError: tensors were moved, converted or replaced since, and a replay would read what is there now.
+    """
+    found = []
+    for path, call in find_graphed(module).items():
+        taken = frozenset() if call.bound is None else call.bound.sight.storages
+        if taken - look_at(module.get_submodule(path)).storages:
+            message = "Expected graphs over the tensors that the module has, got some over others, which it had before"
+            found.append((path or type(module).__name__, message))
+    _refuse(found, remedy="graph the module last: after it was moved, converted and loaded.")
 
 
 def prepare_graphs(module: nn.Module, *, home: object | None) -> int:

@@ -73,8 +73,13 @@ class Sight:
                 yield name
 
 
-def look_at(root: nn.Module) -> Sight:
-    """Return what a capture of passes through `root` could depend on; must be called where nothing changes it."""
+def look_at(root: nn.Module, *, tensors: list[torch.Tensor] | None = None) -> Sight:
+    """Return what a capture of passes through `root` could depend on; must be called where nothing changes it.
+
+    Args:
+        root: a module.
+        tensors: gets all tensors that were seen.
+    """
     look = _Look(paths={id(part): path for path, part in root.named_modules()})
     parts: dict[str, Hashable] = {}
     for path, part in root.named_modules():
@@ -83,6 +88,8 @@ def look_at(root: nn.Module) -> Sight:
             look.name = f"{path}.{name}" if path else name
             parts[look.name] = _see_call(value) if name == COMPILED_CALL else look.see_all(value)
         yield_gil_when_due()
+    if tensors is not None:
+        tensors += look.tensors
     return Sight(parts=parts, host=tuple(look.host), storages=frozenset(look.storages) - {0}, unsure=tuple(look.unsure))
 
 
@@ -119,6 +126,7 @@ class _Look:
     name: str = ""
     host: dict[str, None] = field(default_factory=dict)
     storages: set[int] = field(default_factory=set)
+    tensors: list[torch.Tensor] = field(default_factory=list)
     unsure: dict[str, None] = field(default_factory=dict)
     _met: dict[int, int] = field(default_factory=dict)
     _keep: list[object] = field(default_factory=list)
@@ -199,6 +207,7 @@ class _Look:
         if tensor.layout is torch.strided:
             self.storages.add(tensor.untyped_storage().data_ptr())
         strides = tensor.stride() if tensor.layout is torch.strided else None
+        self.tensors.append(tensor)
         flags = (tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
         return (tensor.data_ptr(), tuple(tensor.shape), strides, tensor.dtype, str(tensor.device), flags)
 

@@ -26,6 +26,7 @@ from torch import nn
 from hotglm.errors import Problem, UnswappableError, shorten_repr
 from hotglm.model.captured import verify_uncaptured
 from hotglm.model.compiled import Recipe, find_calls, find_recipe, is_freezing
+from hotglm.model.graphed import verify_graphs
 
 __all__ = ["verify_swappable"]
 
@@ -42,6 +43,7 @@ def verify_swappable(module: nn.Module, *, is_fixed: bool = False) -> None:
     """
     if not is_fixed:
         verify_uncaptured(module)
+    verify_graphs(module)
     problems = [*_find_frozen(module), *_find_late_hooks(module)]
     if problems:
         raise UnswappableError(
