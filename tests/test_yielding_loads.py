@@ -20,12 +20,16 @@ from hotglm.slot import live_proof
 from hotglm.weights import pace as paces
 from hotglm.weights import places, upload
 from hotglm.weights.pace import PIECE_NBYTES, Pace, Senses
+from hotglm.weights.split_arena import SplitLease
 from hotglm.weights.yielding import Work
 from support.fake_device import Choices, FakeDevice, FakePlaces
 from support.loaded_machine import Machine
 
 MIB = 1 << 20
 POLICY = hotglm.StagePolicy(pace=hotglm.Yielding())
+BRISK = hotglm.StagePolicy(pace=hotglm.Yielding(max_share=1.0, min_share=0.5))
+"""For tests on the clocks of the system."""
+
 BIG, SMALL = 3 * MIB + 4096, 1024 * 4
 
 
@@ -50,10 +54,12 @@ class Pieces:
     """What was worked on, in which pieces."""
 
     def __init__(self) -> None:
+        self.num: Counter[Work] = Counter()
         self.nbytes: Counter[Work] = Counter()
         self.largest = 0
 
     def note(self, work: Work, nbytes: int) -> None:
+        self.num[work] += 1
         self.nbytes[work] += nbytes
         self.largest = max(self.largest, nbytes)
 
@@ -159,10 +165,13 @@ def test_verify_live_yields_as_the_slot_does(quick: bool, pieces: Pieces) -> Non
 
 
 class Watched(FakeDevice):
-    """A device that counts copies that were submitted while an earlier one was not carried out yet."""
+    """A lazy device, which counts copies that were submitted while an earlier one was not carried out yet."""
 
     num_open = 0
     num_overlapping = 0
+
+    def go_on(self) -> None:
+        """Do nothing before somebody waits for it."""
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self.num_overlapping += self.num_open > 0
@@ -195,10 +204,18 @@ def test_copies_to_a_device_are_made_one_by_one(
     state = make_state(2.0)
     save_file(state, tmp_path / "a.safetensors")
     source = tmp_path / "a.safetensors" if kind == "file" else state
+    settled, settle = list[SplitLease](), SplitLease.settle
+
+    def note(lease: SplitLease) -> None:
+        settled.append(lease)
+        settle(lease)
+
+    monkeypatch.setattr(SplitLease, "settle", note)
     device, slot = update_on_device(source)
     assert pieces.nbytes[Work.UPLOAD] == ALL_NBYTES
     assert pieces.largest <= PIECE_NBYTES
     assert device.num_overlapping == 0
+    assert kind == "file" or len(settled) >= pieces.num[Work.UPLOAD]  # copies that torch makes are waited for as well
     assert slot.live.digests == make_slot(hotglm.StagePolicy()).update(state, version="1.0.1").digests
     assert pieces.nbytes[Work.FETCH] == ALL_NBYTES * (1 if kind == "file" else 2)  # a mapping is hashed from there, too
     if kind == "file":  # and a device on which nobody waits is found out
@@ -225,7 +242,7 @@ def test_the_receipt_tells_how_a_load_yielded() -> None:
 
 def test_a_load_that_fails_while_it_yields_changes_nothing() -> None:
     """P2: what cannot be loaded is named, no thread or descriptor is left, and the live version serves bit for bit."""
-    slot = make_slot()
+    slot = make_slot(BRISK)
     slot.update(make_state(2.0), version="1.0.1")
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for broken in (broken_state(), {"big": torch.zeros(3)}):
@@ -255,9 +272,9 @@ def test_a_pace_means_one_thread_unless_more_are_asked_for(tmp_path: Path, monke
         return working(pace, cancellation)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Pace, "working", note)
-    make_slot().update(tmp_path / "a.safetensors", version="1.0.1")
+    make_slot(BRISK).update(tmp_path / "a.safetensors", version="1.0.1")
     assert {name for name in names if name.startswith("hotglm-load")} == {"hotglm-load-0"}
-    make_slot(replace(POLICY, num_threads=2)).update(tmp_path / "a.safetensors", version="1.0.1")
+    make_slot(replace(BRISK, num_threads=2)).update(tmp_path / "a.safetensors", version="1.0.1")
     assert {name for name in names if name.startswith("hotglm-load")} == {"hotglm-load-0", "hotglm-load-1"}
 
 
