@@ -229,6 +229,23 @@ def test_a_swap_by_way_of_the_host_gives_what_a_cold_load_gives(fakes: FakePlace
     assert addresses == [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
 
 
+def test_what_is_live_on_the_device_is_not_looked_for_on_the_host(fakes: FakePlaces, tmp_path: Path) -> None:
+    """A file that promises digests is read whole: what is live has another kind of fingerprint, and is far away."""
+    module, _ = make_spread(fakes, 1)
+    slot = make_slot(module)
+    for number in (1, 2):
+        donor = Spread()
+        donor.load_state_dict({**make_spread_state(1), "second.count": torch.tensor(number)})
+        hotglm.save_weights(donor, tmp_path / f"{number}.safetensors", version=f"1.0.{number}")
+        receipt = slot.update(tmp_path / f"{number}.safetensors")
+        assert receipt.origins is not None
+        assert (receipt.origins.copied_nbytes, receipt.origins.drifted) == (0, ())
+        assert same_bits(slot(X), donor(X))
+        assert slot.verify_live().num_compared == slot.verify_live(quick=True).num_compared > 0
+    slot.rollback()
+    assert slot.verify_live(quick=True).num_compared > 0
+
+
 def test_passes_on_streams_read_one_version(fakes: FakePlaces) -> None:
     """Queued passes before and after swaps and a rollback read the weights of their version."""
     for seed in range(3):

@@ -105,7 +105,8 @@ class ModuleSlot(ModuleFacade):
             trust: what must accept a path before it is staged (`hotglm.open_trust`); then only signed releases are.
                 What is handed over in memory, mappings and modules, is the host's own. The slot asks in its own name.
             swap: `InPlace()` for a module whose tensors must stay where they are; by default `Flip()`. `"auto"` takes
-                `InPlace()` for TorchScript and captured graphs, and where somebody holds the tensors, and says why.
+                `InPlace()` for TorchScript and captured graphs, where somebody holds the tensors, and where a device
+                has no room for a second copy, and says why.
             requantize: how plain weights (files, releases, mappings) are quantised for a module that is.
 
         Raises:

@@ -183,11 +183,15 @@ class _Stage:
     def _plan_loading(self, code: Contract, stack: ExitStack) -> Loading:
         """Find out where every tensor will come from, before memory is given up for it."""
         request = self._request
+        # An image on the host is far from what is live on the device, whose fingerprints are of another kind.
+        is_on_host = self._record.plan is not None and bool(self._record.plan.image)
         loading = Loading(
             self._offer,
             request.live,
             digests=request.digests,
-            policy=replace(request.policy, num_threads=request.num_threads),
+            policy=replace(
+                request.policy, num_threads=request.num_threads, reuse=request.policy.reuse and not is_on_host
+            ),
             pace=self._pace,
             cancellation=request.cancellation,
             count_writes=request.owner.count_writes,
