@@ -514,6 +514,47 @@ def test_a_session_may_look_and_stage_while_a_commit_waits_for_it() -> None:
     assert_unchanged(slot, PRIMES[0])
 
 
+def test_whoever_a_commit_waits_for_does_not_wait_for_it() -> None:
+    """C17: in a session that a commit waits for, closing, and staging where no memory is left, are refused at once."""
+    slot = make_oracle(swap=hotglm.InPlace(timeout_s=60), memory=hotglm.MemoryPolicy(small_nbytes=0))
+    update_to(slot, PRIMES[1])
+
+    def look() -> None:
+        with slot.acquire():
+            opened.set()
+            wait_until(lambda: is_closing(slot))
+            with pytest.raises(ReentrantError):
+                slot.close()
+            with pytest.raises(ReentrantError):  # the one image there is, is that of the rollback
+                slot.stage(weights(PRIMES[2]), version=name_version(PRIMES[2]))
+
+    opened = threading.Event()
+    looking = Beside(look)
+    assert opened.wait(30)
+    rollback = Beside(slot.rollback)
+    looking.result()
+    rollback.result()
+    assert_unchanged(slot, PRIMES[0])
+    slot.close()
+    assert slot.status().closed
+
+
+def test_closing_waits_for_a_commit_that_waits(busy: tuple[hotglm.ModuleSlot, Held, Beside]) -> None:
+    """A slot that is closed while a commit waits has that version; no later commit goes through."""
+    slot, held, _ = busy
+    staged = slot.stage(weights(PRIMES[1]), version=name_version(PRIMES[1]))
+    commit = Beside(lambda: slot.commit(staged))
+    wait_until(lambda: is_closing(slot))
+    closing = Beside(slot.close)
+    assert not slot.status().closed
+    held.release.set()
+    commit.result()
+    closing.result()
+    with pytest.raises(SlotClosedError):
+        slot.rollback()
+    assert_unchanged(slot, PRIMES[1])
+
+
 class Talker(Oracle):
     """A model with methods of every kind."""
 

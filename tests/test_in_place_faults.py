@@ -228,19 +228,25 @@ def test_a_stage_whose_commit_fails_behind_an_interrupt_can_be_committed_again(m
     """P2: Ctrl-C reaches the caller while the exchange is under way, and then that fails: the stage is as it was."""
     slot = make_slot()
     staged = slot.stage(weights(PRIMES[9]), version=name_version(PRIMES[9]))
-    settling = threading.Event()
-    wait_settled = InPlaceAdmission.wait_settled
+    joining, settling = threading.Event(), threading.Event()
+    wait_settled, join = InPlaceAdmission.wait_settled, threading.Thread.join
 
     def note(admission: InPlaceAdmission) -> None:
         settling.set()
         wait_settled(admission)
 
+    def note_join(thread: threading.Thread, timeout: float | None = None) -> None:
+        joining.set()
+        join(thread, timeout)
+
     def fail_behind_the_interrupt() -> None:
+        assert joining.wait(30)  # an interrupt of `Thread.start` may come out as another error
         os.kill(os.getpid(), signal.SIGINT)  # the main thread waits for this one
         assert settling.wait(30)
         fail()
 
     monkeypatch.setattr(InPlaceAdmission, "wait_settled", note)
+    monkeypatch.setattr(threading.Thread, "join", note_join)
     with monkeypatch.context() as patch:
         patch.setattr(seam, "active", AtCopy(fail_behind_the_interrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -279,7 +285,7 @@ def test_what_is_half_written_is_never_served_nor_written_over(monkeypatch: pyte
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("what", ["pass", "update", "rollback", "verify", "session"])
+@pytest.mark.parametrize("what", ["pass", "update", "rollback", "verify", "session", "close"])
 def test_a_finaliser_in_the_thread_of_a_commit_waits_for_nothing(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """C17: the garbage collector may run anybody's finaliser there; what would wait for the commit is refused."""
     slot = make_slot()
@@ -289,6 +295,7 @@ def test_a_finaliser_in_the_thread_of_a_commit_waits_for_nothing(what: str, monk
         "rollback": slot.rollback,
         "verify": slot.verify_live,
         "session": lambda: run_session(slot),
+        "close": slot.close,
     }
     errors: list[BaseException] = []
 

@@ -21,7 +21,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -185,14 +185,36 @@ class InPlaceAdmission(Admission):
         return self._change(Change(choose=choose, claim=NoClaim(), follow=follow))
 
     def retire(self, generation: Generation) -> bool:
-        """Stop holding `generation`, once no rollback to it is under way; return whether it was held."""
-        with self._changing:
+        """Stop holding `generation`, once no rollback to it is under way; return whether it was held.
+
+        Raises:
+            ReentrantError: the calling thread or task is inside, and a commit waits for it.
+        """
+        with self._between_changes():
             return super().retire(generation)
 
     def close(self) -> bool:
-        """Refuse commits from now on, once one that is under way has ended; return whether that is new."""
-        with self._changing:
+        """Refuse commits from now on, once one that is under way has ended; return whether that is new.
+
+        Raises:
+            ReentrantError: the calling thread or task is inside, and a commit waits for it.
+        """
+        with self._between_changes():
             return super().close()
+
+    @contextlib.contextmanager
+    def _between_changes(self) -> Iterator[None]:
+        """Hold commits off; whoever one of them waits for does not wait for it."""
+        self.gate.verify_not_committing()
+        if not self._changing.acquire(blocking=not self.gate.is_inside()):
+            raise ReentrantError(
+                "Expected this from outside the slot's passes, got it in a pass or session that a commit waits for.",
+                remedy="let the pass or session end, and do it afterwards or from another thread.",
+            )
+        try:
+            yield
+        finally:
+            self._changing.release()
 
     def begin_fork(self) -> None:
         """Wait until no byte is being written, so that no child gets half a version; until `end_fork` none is."""
