@@ -6,7 +6,6 @@ The tools are those of tests/test_commit_faults.py: an exception at each point a
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -228,27 +227,26 @@ def test_a_stage_whose_commit_fails_behind_an_interrupt_can_be_committed_again(m
     """P2: Ctrl-C reaches the caller while the exchange is under way, and then that fails: the stage is as it was."""
     slot = make_slot()
     staged = slot.stage(weights(PRIMES[9]), version=name_version(PRIMES[9]))
-    joining, settling = threading.Event(), threading.Event()
-    wait_settled, join = InPlaceAdmission.wait_settled, threading.Thread.join
+    writing, settling = threading.Event(), threading.Event()
+    wait_settled = InPlaceAdmission.wait_settled
 
     def note(admission: InPlaceAdmission) -> None:
         settling.set()
         wait_settled(admission)
 
-    def note_join(thread: threading.Thread, timeout: float | None = None) -> None:
-        joining.set()
-        join(thread, timeout)
+    def interrupt(thread: threading.Thread, timeout: float | None = None) -> None:
+        assert writing.wait(30)
+        raise KeyboardInterrupt
 
     def fail_behind_the_interrupt() -> None:
-        assert joining.wait(30)  # an interrupt of `Thread.start` may come out as another error
-        os.kill(os.getpid(), signal.SIGINT)  # the main thread waits for this one
+        writing.set()
         assert settling.wait(30)
         fail()
 
     monkeypatch.setattr(InPlaceAdmission, "wait_settled", note)
-    monkeypatch.setattr(threading.Thread, "join", note_join)
     with monkeypatch.context() as patch:
         patch.setattr(seam, "active", AtCopy(fail_behind_the_interrupt))
+        patch.setattr(threading.Thread, "join", interrupt)
         with pytest.raises(KeyboardInterrupt):
             slot.commit(staged)
     assert_serves(slot, PRIMES[3])
