@@ -10,7 +10,7 @@ process. It says nothing of what a driver does, and nothing of speed.
 Needs torch for CUDA 13 as its wheels bring it, with the headers of the runtime and of triton, and a C compiler.
 
     FAKE_CUDA_LAG_US   how late copies are, at random around so many microseconds; 0
-    FAKE_CUDA_MEMORY   bytes of each of the two devices; 1 GiB
+    FAKE_CUDA_MEMORY   bytes of each of the two devices; 8e9
     FAKE_CUDA_TRACE    say who makes a context on which device
 """
 

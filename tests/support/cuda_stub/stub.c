@@ -69,7 +69,7 @@ static double read_number(const char *name, double otherwise) {
   return text ? atof(text) : otherwise;
 }
 
-static size_t total(void) { return (size_t)read_number("FAKE_CUDA_MEMORY", 1 << 30); }
+static size_t total(void) { return (size_t)read_number("FAKE_CUDA_MEMORY", 8e9); }
 
 static void pause_for(double seconds) {
   struct timespec time = {(time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9)};
