@@ -127,6 +127,7 @@ class CudaRecorder:
 
     def _tell_allocator(self, pool: Any) -> None:
         """Tell torch's allocator that the capture is over, which a `capture_end` that fails leaves out (torch 2.11)."""
+        self._made = weakref.WeakSet()  # its allocator of pinned memory cannot be told: another pool from here on
         ends = (getattr(torch._C, name, None) for name in _ENDS)
         end: Callable[..., None] | None = next((end for end in ends if end is not None), None)
         if end is not None:
