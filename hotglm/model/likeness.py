@@ -4,44 +4,59 @@ Rules this module keeps:
 
 - Only what is seen to be the same is taken for the same. Packed weights, numbers that were computed from weights,
   functions that have captured something, and whatever else cannot be compared, differ.
-- A plain value that is what the constructor gave it has nothing to do with weights, whatever passes have made of it in
-  the live module (a counter): that goes on, as in a swap of weights alone. So does one that only the live module has.
+- A plain value that is what the constructor gave it, in the live module when that came to be as in the new one, has
+  nothing to do with weights, whatever passes have made of it since (a counter): that goes on, as in a swap of weights
+  alone. So does one that the live module has got since. What a version had when it came to be is noted then: a number
+  that was computed from weights may well be the constructor's for other weights.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from hotglm.model.compiled import COMPILED_CALL
 from hotglm.model.references import describes_quantised, is_inert
+from hotglm.model.sight import DYNAMO_NOTES
 from hotglm.model.wrappers import is_wrapper
 from hotglm.weights.digest import tensor_bytes
 
-__all__ = ["find_unlike"]
+__all__ = ["find_unlike", "note_values"]
 
 _OWN_NAMES = frozenset(vars(nn.Module())) | {COMPILED_CALL, "_is_torch_compile"}
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
-def find_unlike(live: nn.Module, made: nn.Module, *, built: nn.Module) -> Iterator[str]:
+def note_values(module: nn.Module) -> dict[str, str]:
+    """Return the plain values of a module that comes to be, by full name, to tell later what has been set since."""
+    return {
+        f"{path}.{name}" if path else name: _describe(value)
+        for path, part in module.named_modules()
+        for name, value in _find_attributes(part).items()
+        if is_inert(value)
+    }
+
+
+def find_unlike(live: nn.Module, made: nn.Module, *, built: nn.Module, born: Mapping[str, str] | None) -> Iterator[str]:
     """Yield the names of what `made` has otherwise than `live`, beside weights; hooks of `live` alone are none of it.
 
     Args:
         live: the module that serves; hooks and compiled code may have been added to it since it was made.
         made: the module that is to take its place, of the same contract.
         built: what `made` was made from, before it had any weights.
+        born: `note_values` of what `live` was when it came to be; None where nobody knows.
     """
-    return _Comparison(live, made, built).find()
+    return _Comparison(live, made, built, born).find()
 
 
 class _Comparison:
     """Modules, and which parts of them have the same place."""
 
-    def __init__(self, live: nn.Module, made: nn.Module, built: nn.Module) -> None:
+    def __init__(self, live: nn.Module, made: nn.Module, built: nn.Module, born: Mapping[str, str] | None) -> None:
+        self._born = born
         self._built = dict(built.named_modules())
         self._live = dict(live.named_modules())
         self._made = dict(made.named_modules())
@@ -63,13 +78,22 @@ class _Comparison:
         first = self._built.get(path)
         before = _find_attributes(first) if type(first) is type(other) else {}
         for name in {**ours, **theirs}:
-            if name not in theirs:
-                goes_on = is_inert(ours[name])  # a pass or its owner has put it there, and no weights
+            full = f"{path}.{name}" if path else name
+            if name not in theirs:  # a pass or its owner has put it there since, and no weights
+                goes_on = is_inert(ours[name]) and self._born is not None and full not in self._born
+            elif name not in ours:
+                goes_on = False
             else:
-                is_same = name in ours and self._is_same(ours[name], theirs[name])
-                goes_on = is_same or (name in ours and _is_untouched(before.get(name), theirs[name]))
+                goes_on = self._is_same(ours[name], theirs[name]) or (
+                    name in before and self._is_untouched(full, before[name], theirs[name])
+                )
             if not goes_on:
                 yield name
+
+    def _is_untouched(self, name: str, before: object, after: object) -> bool:
+        if self._born is None or not is_inert(after) or type(before) is not type(after):
+            return False
+        return _describe(before) == _describe(after) == self._born.get(name)
 
     def _is_same(self, one: object, other: object) -> bool:
         if one is other or type(one) is not type(other):
@@ -102,16 +126,24 @@ def _is_same_buffer(one: torch.Tensor | None, other: torch.Tensor | None) -> boo
     return one is other or (one is not None and other is not None and _has_same_bytes(one, other))
 
 
-def _is_untouched(before: object, after: object) -> bool:
-    return type(before) is type(after) and is_inert(after) and repr(before) == repr(after)
+def _describe(value: object) -> str:
+    return f"{type(value).__name__} {value!r}"
 
 
 def _find_attributes(module: nn.Module) -> dict[str, object]:
-    return {
+    own = {
         name: value
         for name, value in vars(module).items()
         if name not in _OWN_NAMES and not describes_quantised(name, value)
     }
+    return own | dict(_find_attributes_of_tensors(module))
+
+
+def _find_attributes_of_tensors(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Yield what has been set on parameters and buffers; what is inside wrappers is compared by their contexts."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and not is_wrapper(tensor):
+            yield from ((f"{name}.{own}", value) for own, value in vars(tensor).items() if own not in DYNAMO_NOTES)
 
 
 def _is_equal(one: object, other: object) -> bool:

@@ -31,18 +31,18 @@ from torch import nn
 
 from hotglm.model.compiled import COMPILED_CALL, CompiledCall
 from hotglm.model.references import is_a, is_slot
-from hotglm.model.wrappers import find_memory, is_wrapper
+from hotglm.model.wrappers import find_memory
 from hotglm.weights import places
 from hotglm.weights.workers import yield_gil_when_due
 
-__all__ = ["Sight", "look_at"]
+__all__ = ["DYNAMO_NOTES", "Sight", "look_at"]
 
 _VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum)
 _NUMBERS = (bool, int, float, complex, str, bytes, types.NoneType)
 _SEQUENCES = (list, tuple, torch.Size)
 _DICTS = (dict, OrderedDict, defaultdict)
 _SETS = (set, frozenset)
-_DYNAMO = frozenset({"_dynamo_static_input_type", "_dynamo_dynamic_indices"})
+DYNAMO_NOTES = frozenset({"_dynamo_static_input_type", "_dynamo_dynamic_indices"})
 """What Dynamo notes on tensors when it compiles."""
 
 
@@ -197,9 +197,9 @@ class _Look:
         return (_Same(type(value)), self.see(own))
 
     def _see_tensor(self, tensor: torch.Tensor) -> Hashable:
-        context = {k: v for k, v in vars(tensor).items() if k not in _DYNAMO} if is_wrapper(tensor) else None
+        own = {name: value for name, value in vars(tensor).items() if name not in DYNAMO_NOTES}
         leaves = tuple(self._see_memory(leaf) for leaf in find_memory(tensor))
-        return (_Same(type(tensor)), tensor.requires_grad, leaves, self.see(context))
+        return (_Same(type(tensor)), tensor.requires_grad, leaves, self.see(own) if own else None)
 
     def _see_memory(self, tensor: torch.Tensor) -> Hashable:
         if places.active.find(tensor) is None:

@@ -82,7 +82,7 @@ class Generation:
         is_migrated: whether its tensors were brought to its code by a migration.
         seals: what stages have found out about its bytes, by name of a tensor; for the stage that has the slot's turn.
         accepted: the proof that the slot's trust accepted the release that it came from; None where there is none.
-        origin: the plain weights that it was quantised from by the slot, if it was.
+        origin: the plain weights that it was quantised from by the slot, if it was; None where nothing is quantised.
         pairs: where weights are swapped in place, what of it is exchanged with the live module to make it live.
     """
 

@@ -33,7 +33,7 @@ from hotglm.errors import (
 )
 from hotglm.model.extents import lay_out
 from hotglm.model.inspection import contract_of, find_state
-from hotglm.model.likeness import find_unlike
+from hotglm.model.likeness import find_unlike, note_values
 from hotglm.model.plain import build_plain
 from hotglm.model.registry import read_config
 from hotglm.model.twin import Twin, copy_module
@@ -62,8 +62,8 @@ from hotglm.weights.split_arena import SplitArena
 __all__ = ["find_plain", "quantize_offer", "verify_requantize"]
 
 
-def verify_requantize(requantize: Requantize, module: nn.Module) -> None:
-    """Return when `module` may have been quantised from what `requantize` builds, as far as can be seen.
+def verify_requantize(requantize: Requantize, module: nn.Module) -> PlainOrigin:
+    """Return what is known of `module`, if it may have been quantised from what `requantize` builds.
 
     Raises:
         ArgumentError: it is no `Requantize`.
@@ -88,6 +88,7 @@ def verify_requantize(requantize: Requantize, module: nn.Module) -> None:
             problems=problems,
             remedy="build it with the config of the live one.",
         )
+    return PlainOrigin(values=note_values(module))
 
 
 def find_plain(request: StageRequest, offer: Offer) -> Generation | None:
@@ -219,7 +220,7 @@ class _Work:
         """Let the user quantise the plain model, and return what is left to do with what came of it."""
         request, record, code = self._request, self._record, self._code
         request.cancellation.raise_if_cancelled()
-        origin = PlainOrigin(weights=self._weights, model=type(code.module), config=read_config(self._module))
+        model, config = type(code.module), read_config(self._module)
         version = record.version = name_version(request, code, self._weights.digest)
         nbytes = self._weights.nbytes
         with record.timed("quantize", nbytes=nbytes):
@@ -232,6 +233,12 @@ class _Work:
         request.cancellation.raise_if_cancelled()
         with _named_after_quantize():
             offer = open_source(made)
+        origin = PlainOrigin(
+            weights=self._weights,
+            model=model,
+            config=config,
+            values=note_values(made if offer.module is None else offer.module),
+        )
         offer = replace(offer, label=code.offer.label, accepted=code.offer.accepted, origin=origin)
         return replace(request, version=version, digests={}), self._choose(offer)
 
@@ -278,7 +285,8 @@ class _Work:
         if code.is_new:  # what becomes of another class or config need not be like what is live
             return own
         verify_quantized(made, own.contract, live=live)
-        unlike = list(find_unlike(live.module, made, built=code.module))
+        born = None if live.origin is None else live.origin.values
+        unlike = list(find_unlike(live.module, made, built=code.module, born=born))
         if self._request.owner.is_in_place:
             verify_same_but_tensors(unlike)
         if unlike:

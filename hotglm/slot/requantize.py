@@ -69,14 +69,16 @@ class QuantizedFrom:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlainOrigin:
-    """What a generation that was quantised here came from.
+    """What a generation came from: plain weights that were quantised here, or what the slot was made with.
 
     Attributes:
-        weights: for the receipt.
-        model: class of the plain model; later weights are compared with a model of this class.
+        weights: for the receipt; None for what the slot was made with.
+        model: class of the plain model, with which later weights are compared. None for that of `build`.
         config: the config that it was built from, if it has one.
+        values: plain values of the quantised module as it came to be, before any pass; see `note_values`.
     """
 
-    weights: QuantizedFrom
-    model: type[nn.Module]
-    config: Mapping[str, Any] | None
+    weights: QuantizedFrom | None = None
+    model: type[nn.Module] | None = None
+    config: Mapping[str, Any] | None = None
+    values: Mapping[str, str] = field(default_factory=dict)

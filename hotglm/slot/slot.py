@@ -122,8 +122,7 @@ class ModuleSlot(ModuleFacade):
         is_fixed = isinstance(choice.policy, InPlace)
         contract = promise_outputs(contract_of(module, is_fixed=is_fixed), policy or StagePolicy(), live=None)
         verify_swappable(module, is_fixed=is_fixed)
-        if requantize is not None:
-            verify_requantize(requantize, module)
+        origin = None if requantize is None else verify_requantize(requantize, module)
         if is_script(module):
             verify_script(module, constants=constants)
         definition = find_definition(type(module))
@@ -143,7 +142,15 @@ class ModuleSlot(ModuleFacade):
         )
         code_version = definition.version if definition else parsed
         core = SlotCore(
-            Generation(module, number=1, name=label, version=parsed, contract=contract, code_version=code_version),
+            Generation(
+                module,
+                number=1,
+                name=label,
+                version=parsed,
+                contract=contract,
+                code_version=code_version,
+                origin=origin,
+            ),
             settings,
         )
         # Set as bookkeeping, not by nn.Module, which would register parts (see ModuleFacade).
