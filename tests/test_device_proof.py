@@ -23,6 +23,7 @@ from hotglm.weights.plan import IOV_MAX
 from hotglm.weights.ring import GAP_NBYTES, Window
 from hotglm.weights.workers import Cancellation
 from support.fake_device import Choices, FakeDevice, FakePlaces
+from support.gpu import forget_to_wait
 
 CHUNK = 256
 CALM = Cancellation()
@@ -212,14 +213,6 @@ def test_a_seal_whose_tensor_is_written_meanwhile_has_no_fingerprint(
 
     monkeypatch.setattr(Window, "fetch", fetch_and_write)
     assert seal_on_device(tensor, device, cancellation=CALM).fingerprint is None
-
-
-def forget_to_wait(window: Window, source: torch.Tensor) -> torch.Tensor:
-    """Fetch, and read the window before the event of its copy."""
-    target = window.tensor(0, source.numel())
-    window.is_dirty = True
-    window._ring.device.copy(source, target)
-    return target
 
 
 @pytest.mark.parametrize("is_planted", [False, True])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import io
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,25 +26,14 @@ from hotglm.weights.pinning import PinnedMemory
 from hotglm.weights.plan import IOV_MAX
 from hotglm.weights.ring import GAP_NBYTES, Ring
 from hotglm.weights.split_arena import SplitLease
+from support.gpu import WIDTH, Adder, capturing, write_version
 
 pytestmark = pytest.mark.gpu
 
 SLEEP_CYCLES = 1_000_000_000
 """About 0.5 s at 2 GHz: long against anything that a stage does with the small models here."""
 
-WIDTH = 1 << 20
 TIGHT = hotglm.MemoryPolicy(small_nbytes=0)
-
-
-class Adder(nn.Module):
-    """Gives its weight back, plus its argument; every element tells which version was read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight + x
 
 
 @pytest.fixture
@@ -56,12 +44,6 @@ def device() -> Iterator[CudaDevice]:
 
 def make_slot(**options: Any) -> hotglm.ModuleSlot:
     return hotglm.ModuleSlot(Adder().cuda(), name="m", version="1.0.0", **options)
-
-
-def write(directory: Path, number: int) -> Path:
-    path = directory / f"{number}.safetensors"
-    save_file({"weight": torch.full((WIDTH,), float(number))}, path)
-    return path
 
 
 def read_values(found: torch.Tensor) -> list[float]:
@@ -87,7 +69,7 @@ def test_publish_before_the_copy_is_done(tmp_path: Path, monkeypatch: pytest.Mon
     """Hazard: a pass reads a generation whose copies are still queued."""
     slot = make_slot(policy=hotglm.StagePolicy(finite=False, digest=False))  # both look at what has arrived
     number = 4 if is_planted else 3  # the memory may still have what the other case has left in it
-    path, zero = write(tmp_path, number), torch.zeros((), device="cuda")
+    path, zero = write_version(tmp_path, number), torch.zeros((), device="cuda")
     hold_copies_back(monkeypatch)
     if is_planted:
         monkeypatch.setattr(SplitLease, "settle", lambda lease: None)
@@ -104,7 +86,7 @@ def test_reuse_while_a_kernel_reads(
 ) -> None:
     """Hazard: an arena is written again while a kernel of the version that was there is still queued."""
     slot, stream = make_slot(memory=TIGHT), make_stream(kind)
-    paths = [write(tmp_path, number) for number in range(4)]
+    paths = [write_version(tmp_path, number) for number in range(4)]
     slot.update(paths[1], version="1.0.1")
     with slot.acquire() as generation:
         slot.update(paths[2], version="1.0.2")
@@ -174,7 +156,7 @@ def test_an_update_on_another_stream_than_the_passes(tmp_path: Path) -> None:
     for number in range(1, 9):
         with torch.cuda.stream(streams[number % 3]):
             torch.cuda._sleep(SLEEP_CYCLES // 20)  # type: ignore[no-untyped-call]
-            slot.update(write(tmp_path, number), version=f"1.0.{number}")
+            slot.update(write_version(tmp_path, number), version=f"1.0.{number}")
         with torch.cuda.stream(streams[(number + 1) % 3]):
             found = slot(zero)
         assert read_values(found) == [float(number)]
@@ -182,46 +164,25 @@ def test_an_update_on_another_stream_than_the_passes(tmp_path: Path) -> None:
 
 def test_a_graph_that_another_thread_captures_stays_whole(tmp_path: Path) -> None:
     """Hazard: a call of a staging thread ends, or becomes part of, a capture that a thread of the service has begun."""
-    slot, paths = make_slot(), [write(tmp_path, number) for number in range(1, 4)]
+    slot, paths = make_slot(), [write_version(tmp_path, number) for number in range(1, 4)]
     slot.update(paths[0], version="1.0.1")
-    problems: list[BaseException] = []
-    stop, x = threading.Event(), torch.ones(64, 64, device="cuda")
-    torch.mm(x, x)  # cuBLAS sets itself up outside of a capture
-
-    def capture() -> None:
-        try:
-            while not stop.is_set():
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    y = x @ x
-                graph.replay()
-                assert float(y.sum()) == 64.0**3
-        except BaseException as error:  # noqa: BLE001 - raised below, in the test's own thread
-            problems.append(error)
-
-    thread = threading.Thread(target=capture)
-    thread.start()
-    try:
+    with capturing():
         for number in range(12):
             slot.update(paths[number % 3], version=f"1.1.{number}")
-    finally:
-        stop.set()
-        thread.join()
-    assert problems == []
     assert read_values(slot(torch.zeros((), device="cuda"))) == [3.0]
 
 
 def test_a_graph_is_replayed_after_a_swap(tmp_path: Path) -> None:
     """Hazard: a raw graph is replayed when its arena belongs to another generation; a session prevents that."""
     slot, static = make_slot(memory=TIGHT), torch.zeros((), device="cuda")
-    slot.update(write(tmp_path, 1), version="1.0.1")
+    slot.update(write_version(tmp_path, 1), version="1.0.1")
     with slot.acquire() as generation:
         generation.module(static)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = generation.module(static)
         for number in (2, 3, 4):
-            slot.update(write(tmp_path, number), version=f"1.0.{number}")
+            slot.update(write_version(tmp_path, number), version=f"1.0.{number}")
             graph.replay()
             assert read_values(found) == [1.0]
 
@@ -273,7 +234,7 @@ def test_a_refused_registration_leaves_no_error_behind(monkeypatch: pytest.Monke
 
 def test_device_memory_is_flat(tmp_path: Path, device: CudaDevice) -> None:
     """Hazard: updates strand memory in torch's allocator; at most two models are ever allocated beside the ring."""
-    paths = [write(tmp_path, number) for number in (1, 2)]
+    paths = [write_version(tmp_path, number) for number in (1, 2)]
     slot, zero, reserved = make_slot(memory=TIGHT), torch.zeros((), device="cuda"), []
     for number in range(30):
         slot.update(paths[number % 2], version=f"1.0.{number + 1}")

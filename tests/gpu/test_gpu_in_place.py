@@ -23,25 +23,14 @@ from hotglm.weights.cuda_lane import CudaLane
 from hotglm.weights.device import Event
 from hotglm.weights.device_exchange import DeviceExchange
 from hotglm.weights.exchanges import Exchanges
+from support.gpu import Adder, write_version
 
 pytestmark = pytest.mark.gpu
 
 SLEEP_CYCLES = 400_000_000
 """About 0.2 s at 2 GHz: long against anything that a commit does with the small models here."""
 
-WIDTH = 1 << 20
 IMAGES = ["device", "host"]
-
-
-class Adder(nn.Module):
-    """Gives its weight back, plus its argument; every element tells which version was read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight + x
 
 
 class Layers(nn.Module):
@@ -74,12 +63,6 @@ def make(seed: int) -> Layers:
 def make_slot(module: nn.Module, *, image: Any = "auto", **options: Any) -> hotglm.ModuleSlot:
     swap = hotglm.InPlace(timeout_s=2.0, image=image)
     return hotglm.ModuleSlot(module.cuda(), name="m", version="1.0.0", swap=swap, **options)
-
-
-def write(directory: Path, number: int) -> Path:
-    path = directory / f"{number}.safetensors"
-    save_file({"weight": torch.full((WIDTH,), float(number))}, path)
-    return path
 
 
 def read_values(found: torch.Tensor) -> list[float]:
@@ -189,7 +172,7 @@ def test_weights_are_written_while_a_kernel_reads(
 ) -> None:
     """Hazard: the gate is empty, and a kernel of the last pass is still queued."""
     slot, stream = make_slot(Adder(), image=image), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    staged = slot.stage(write(tmp_path, 1), version="1.0.1")
+    staged = slot.stage(write_version(tmp_path, 1), version="1.0.1")
     zero = torch.zeros((), device="cuda")
     torch.cuda.synchronize()
     if is_planted:
@@ -217,7 +200,7 @@ def test_passes_are_let_in_before_the_exchange_is_done(
     """Hazard: a pass on another stream reads weights whose copies are still queued."""
     slot, zero = make_slot(Adder(), image="device"), torch.zeros((), device="cuda")
     slot(zero)
-    staged = slot.stage(write(tmp_path, 1), version="1.0.1")
+    staged = slot.stage(write_version(tmp_path, 1), version="1.0.1")
     submit = DeviceExchange.submit
 
     def submit_late(exchange: DeviceExchange) -> Event:
@@ -238,7 +221,7 @@ def test_passes_are_let_in_before_the_exchange_is_done(
 @pytest.mark.parametrize("image", IMAGES)
 def test_no_pass_on_any_stream_is_torn(tmp_path: Path, image: str) -> None:
     """Hazard: passes of several threads and streams, with kernels queued, read two versions at once."""
-    slot, paths = make_slot(Adder(), image=image), [write(tmp_path, number) for number in (1, 2)]
+    slot, paths = make_slot(Adder(), image=image), [write_version(tmp_path, number) for number in (1, 2)]
     zero, stop = torch.zeros((), device="cuda"), threading.Event()
     torn: list[list[float]] = []
     counts = [0, 0, 0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +28,7 @@ from hotglm.weights.download import digest_on_device, fetch_into
 from hotglm.weights.plan import IOV_MAX
 from hotglm.weights.ring import GAP_NBYTES, Ring, Window
 from hotglm.weights.workers import Cancellation
+from support.gpu import WIDTH, capturing, forget_to_wait
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +37,6 @@ SLEEP_CYCLES = 400_000_000
 
 CALM = Cancellation()
 BLOCK = device_seals._NUM_ROWS * device_seals._NUM_COLUMNS
-WIDTH = 1 << 20
 
 
 class Host:
@@ -162,14 +161,6 @@ def test_a_fetched_tensor_has_its_digest_and_its_bytes(device: CudaDevice) -> No
         assert torch.equal(tensor_bytes(view), tensor_bytes(tensor))
 
 
-def forget_to_wait(window: Window, source: torch.Tensor) -> torch.Tensor:
-    """Fetch, and read the window before the event of its copy."""
-    target = window.tensor(0, source.numel())
-    window.is_dirty = True
-    window._ring.device.copy(source, target)
-    return target
-
-
 @pytest.mark.parametrize("is_planted", [False, True])
 def test_a_window_is_read_before_the_copy_into_it_is_done(
     device: CudaDevice, monkeypatch: pytest.MonkeyPatch, *, is_planted: bool
@@ -244,30 +235,9 @@ def test_a_graph_that_another_thread_captures_stays_whole(tmp_path: Path) -> Non
     """Hazard: a call of a proving thread ends, or becomes part of, a capture of a thread of the service."""
     slot = make_slot()
     slot.update(save(tmp_path, 1, make_state(1)))
-    problems: list[BaseException] = []
-    stop, x = threading.Event(), torch.ones(64, 64, device="cuda")
-    torch.mm(x, x)  # cuBLAS sets itself up outside of a capture
-
-    def capture() -> None:
-        try:
-            while not stop.is_set():
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    y = x @ x
-                graph.replay()
-                assert float(y.sum()) == 64.0**3
-        except BaseException as error:  # noqa: BLE001 - raised below, in the test's own thread
-            problems.append(error)
-
-    thread = threading.Thread(target=capture)
-    thread.start()
-    try:
+    with capturing():
         for number in range(10):
             slot.verify_live(quick=number % 2 == 0)
-    finally:
-        stop.set()
-        thread.join()
-    assert problems == []
 
 
 # -- reuse -------------------------------------------------------------------------------------------------------------
