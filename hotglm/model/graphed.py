@@ -45,8 +45,8 @@ from torch.utils import _pytree as pytree
 from hotglm.errors import ArgumentError, Problem, UnswappableError, WarmUpError, shorten_repr
 from hotglm.model.compiled import COMPILED_CALL, CompiledCall
 from hotglm.model.pass_kinds import CONSTANTS, fill, flatten, is_tensor, name_kind, unflatten
+from hotglm.model.restored import read_version, restored
 from hotglm.model.sight import Sight, look_at
-from hotglm.model.wrappers import find_memory
 from hotglm.problem import describe_exception
 from hotglm.weights.graphs import Recorder, Recording
 
@@ -198,12 +198,21 @@ class GraphedCall:
         leaves, given = flatten(args, kwargs)
         graph, stream = bound.find(leaves, given), graphs.recorder.find_stream()
         why = "inputs of another kind" if graph is None else "a stream that is captured" if stream is None else None
-        why = why or _find_reason(bound, graphs, module, leaves)
+        why = why or self._find_reason(bound, module, leaves)
         if graph is None or why is not None:
             graphs.miss(why or "")
             return self._run(module, args, kwargs)
         with torch.no_grad():
             return graph.rebuild(graphs.run(graph, [leaf for leaf in leaves if is_tensor(leaf)], stream))
+
+    def _find_reason(self, bound: Bound, module: nn.Module, leaves: Sequence[Any]) -> str | None:
+        """Return what keeps a pass of captured inputs from its graph, as the rest of a sentence."""
+        if module.training != bound.is_training:
+            return "another training flag"
+        if torch.is_grad_enabled() and (bound.is_trained or _are_trained(leaves) or _are_trained(self._tensors)):
+            return "gradients wanted"
+        graphs = self.graphs
+        return None if _read_autocast(graphs.device_type) == graphs.autocast else "another autocast mode"
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Callable[..., Any] = module._call_impl if self.inner is None else self.inner
@@ -228,7 +237,7 @@ class GraphedCall:
         _verify_on_device(sight)
         known = None if home is None else graphs.homes.get(home)
         if known is None or not sight.is_like(known.sight):
-            known = self._capture(module, sight)
+            known = self._capture(module, sight, tensors)
             if home is not None:
                 graphs.homes[home] = known
             num_new = sum(map(len, known.graphs.values()))
@@ -237,9 +246,10 @@ class GraphedCall:
         self.bound, self._tensors = known, tensors
         return num_new
 
-    def _capture(self, module: nn.Module, sight: Sight) -> Bound:
+    def _capture(self, module: nn.Module, sight: Sight, tensors: Sequence[torch.Tensor]) -> Bound:
         captured: dict[Hashable, list[_Graph]] = {}
-        with _inside(self.graphs), _restored(module):
+        weights = {name: read_version(parameter) for name, parameter in module.named_parameters()}
+        with _inside(self.graphs), restored(module, tensors):
             for number, (args, kwargs) in enumerate(self.graphs.samples):
                 leaves, given = flatten(args, kwargs)
                 try:
@@ -254,6 +264,7 @@ class GraphedCall:
                 captured.setdefault(name_kind(leaves), []).append(graph)
                 self.graphs.num_captured += 1
         _verify_unchanged(sight, look_at(module))
+        _verify_unwritten([n for n, p in module.named_parameters() if weights.get(n) != read_version(p)])
         is_trained = any(parameter.requires_grad for parameter in module.parameters())
         return Bound(sight=sight, graphs=captured, is_training=module.training, is_trained=is_trained)
 
@@ -279,13 +290,8 @@ class GraphedCall:
         return graph
 
 
-def _find_reason(bound: Bound, graphs: Graphs, module: nn.Module, leaves: Sequence[Any]) -> str | None:
-    """Return what keeps a pass of captured inputs from its graph, as the rest of a sentence."""
-    if module.training != bound.is_training:
-        return "another training flag"
-    if torch.is_grad_enabled() and (bound.is_trained or any(is_tensor(x) and x.requires_grad for x in leaves)):
-        return "gradients wanted"
-    return None if _read_autocast(graphs.device_type) == graphs.autocast else "another autocast mode"
+def _are_trained(leaves: Sequence[Any]) -> bool:
+    return any(is_tensor(leaf) and leaf.requires_grad for leaf in leaves)
 
 
 def _read_autocast(device_type: str) -> torch.dtype | None:
@@ -317,19 +323,6 @@ def _inside(graphs: Graphs) -> Iterator[None]:
         _thread.is_inside = False
 
 
-@contextlib.contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    """Undo what passes in the body write to buffers (running statistics)."""
-    memory = [leaf for buffer in module.buffers() for leaf in find_memory(buffer)]
-    values = [leaf.clone() for leaf in memory]
-    try:
-        yield
-    finally:
-        with torch.inference_mode(mode=False), torch.no_grad():
-            for leaf, value in zip(memory, values, strict=True):
-                leaf.copy_(value)
-
-
 def _verify_pass(found: Sequence[Any], *, changed: bool) -> None:
     strange = [type(leaf).__name__ for leaf in found if not isinstance(leaf, (torch.Tensor, *CONSTANTS))]
     if strange:
@@ -349,6 +342,11 @@ def _verify_unchanged(before: Sight, after: Sight) -> None:
         [(name, message) for name in before.find_differences(after)],
         remedy="make in the constructor, or in a method marked @hotglm.refresh, what the first pass makes.",
     )
+
+
+def _verify_unwritten(names: Sequence[str]) -> None:
+    message = "Expected a pass to leave it as it is, got one that writes it, and has written it now"
+    _refuse([(name, message) for name in names], remedy="keep what passes write in buffers; load the weights again.")
 
 
 def _refuse(found: Sequence[tuple[str, str]], *, remedy: str) -> None:

@@ -103,11 +103,12 @@ class _Pairing:
         """Pair the tensors in plain attributes, and compare the plain values."""
         twins = dict(twin.named_modules())
         for path, module in live.named_modules():
-            others = vars(twins[path])
-            for name, value in list(vars(module).items()):
+            own, others = dict(vars(module)), dict(vars(twins[path]))
+            new = {name for name, value in others.items() if name not in own and isinstance(value, _SIMPLE)}
+            for name in (*own, *sorted(new)):
                 if name not in _OWN_NAMES:
                     full = f"{path}.{name}" if path else name
-                    self._compare(full, value, others.get(name))
+                    self._compare(full, own[name] if name in own else _find_default(module, name), others.get(name))
 
     def verify_reached(self, loose: Iterable[torch.Tensor]) -> None:
         """Note the tensors that a refresh may have recomputed where nobody looked."""
@@ -158,6 +159,12 @@ class _Pairing:
 
     def _refuse(self, name: str, message: str) -> None:
         self.problems.append(Problem(code="CANNOT_SWAP", message=message, tensor=name))
+
+
+def _find_default(module: nn.Module, name: str) -> object:
+    """Return what passes see of an attribute that a module does not have: what its class has, or nothing."""
+    default = getattr(type(module), name, None)
+    return default if isinstance(default, _SIMPLE) else None
 
 
 def _identify(tensor: torch.Tensor) -> tuple[object, ...]:
