@@ -326,7 +326,7 @@ def test_blocks_are_kept_at_the_end_and_in_forked_children() -> None:
         "import torch\n"
         "from hotglm.weights import cuda_blocks\n"
         "blocks, tensors = cuda_blocks.Blocks(), [torch.zeros(8), torch.zeros(8)]\n"
-        "blocks.add(tensors[0], [])\n"
+        "blocks.add(tensors[0], list)\n"
         "if os.fork() == 0:\n"
         "    tensors.clear()\n"
         "    os._exit(len(list(blocks.find())))\n"
@@ -464,8 +464,8 @@ def test_kept_blocks_outlive_every_reference() -> None:
     blocks = cuda_blocks.Blocks()
     try:
         one, other = torch.zeros(16), torch.zeros(16)
-        blocks.add(one, [])
-        blocks.add(other, [])
+        blocks.add(one, list)
+        blocks.add(other, list)
         del other
         assert len(list(blocks.find())) == 1
         cuda_blocks.keep_for_ever()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hotglm.errors import MemoryPlanError
-from hotglm.weights import cuda, cuda_driver, pinning
+from hotglm.weights import cuda, cuda_blocks, cuda_driver, pinning
 from hotglm.weights.pinning import PinnedMemory
 
 PAGE = 4096
@@ -126,3 +126,33 @@ def test_without_a_driver_threads_are_as_they_were() -> None:
     """Where there is no driver, what a thread of a stage works in does nothing."""
     assert cuda_driver._exchange_capture_mode(1) is None
     assert cuda_driver.create_stream(0) is None
+
+
+def test_no_block_is_forgotten_of_two_that_are_noted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slots stage on one device: each block is known afterwards, and was used on streams noted meanwhile."""
+    blocks, tensors = cuda_blocks.Blocks(), [torch.zeros(16) for _ in range(3)]
+    expired = cuda_blocks.StorageWeakRef.expired
+
+    def note_another(reference: Any) -> Any:
+        monkeypatch.setattr(cuda_blocks.StorageWeakRef, "expired", expired)
+        blocks.add(tensors[2], list)  # as another thread would between any two steps
+        return expired(reference)
+
+    seen: list[int] = []
+
+    def find_streams() -> list[torch.cuda.Stream]:
+        seen.append(len(list(blocks.find())))
+        return []
+
+    try:
+        blocks.add(tensors[0], find_streams)
+        monkeypatch.setattr(cuda_blocks.StorageWeakRef, "expired", note_another)
+        blocks.add(tensors[1], find_streams)
+        assert seen == [1, 3]  # whoever notes a stream from here on finds the block
+        addresses = {storage.data_ptr() for storage in blocks.find()}
+        assert addresses == {tensor.data_ptr() for tensor in tensors}
+        del tensors[1:]
+        blocks.add(tensors[0], list)
+        assert len(blocks._storages) == 2  # what has gone is not kept in mind
+    finally:
+        cuda_blocks._all.remove(blocks)

@@ -95,7 +95,7 @@ class CudaDevice:
                 f"Expected {nbytes} bytes on {self.name} for the spare, got none: {describe_exception(error)}.",
                 remedy="free device memory (torch.cuda.empty_cache()), or let go of old generations.",
             ) from error
-        self._blocks.add(block, self._find_streams())
+        self._blocks.add(block, self._find_streams)
         return block
 
     def let_go(self) -> None:

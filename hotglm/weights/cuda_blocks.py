@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,14 +28,17 @@ class Blocks:
 
     def __init__(self) -> None:
         """Know none."""
-        self._storages: list[StorageWeakRef] = []
+        self._storages: dict[int, StorageWeakRef] = {}  # changed by one atomic step at a time
+        self._numbers = itertools.count()
         _all.append(self)
 
-    def add(self, block: torch.Tensor, streams: Iterable[torch.cuda.Stream]) -> None:
-        """Note a block, and that it may be used on all of `streams`."""
-        self._storages = [known for known in self._storages if not known.expired()]  # type: ignore[no-untyped-call]
-        self._storages.append(StorageWeakRef(block.untyped_storage()))  # type: ignore[no-untyped-call]
-        _record(block, streams)
+    def add(self, block: torch.Tensor, find_streams: Callable[[], Iterable[torch.cuda.Stream]]) -> None:
+        """Note a block, and that it may be used on all streams that are known once it is noted."""
+        self._storages[next(self._numbers)] = StorageWeakRef(block.untyped_storage())  # type: ignore[no-untyped-call]
+        for number, known in list(self._storages.items()):
+            if known.expired():  # type: ignore[no-untyped-call]
+                self._storages.pop(number, None)
+        _record(block, find_streams())
 
     def note(self, stream: torch.cuda.Stream) -> None:
         """Note that every block may be used on a further stream."""
@@ -43,7 +47,7 @@ class Blocks:
 
     def find(self) -> Iterator[torch.UntypedStorage]:
         """Yield the memory of each block that still exists."""
-        for reference in list(self._storages):
+        for reference in list(self._storages.values()):
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is not None:
                 yield storage
