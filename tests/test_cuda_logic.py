@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hotglm.errors import MemoryPlanError
 from hotglm.weights import cuda, cuda_blocks, cuda_driver, pinning
@@ -131,12 +132,12 @@ def test_without_a_driver_threads_are_as_they_were() -> None:
 def test_no_block_is_forgotten_of_two_that_are_noted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two slots stage on one device: each block is known afterwards, and was used on streams noted meanwhile."""
     blocks, tensors = cuda_blocks.Blocks(), [torch.zeros(16) for _ in range(3)]
-    expired = cuda_blocks.StorageWeakRef.expired
+    expired = StorageWeakRef.expired
 
     def note_another(reference: Any) -> Any:
-        monkeypatch.setattr(cuda_blocks.StorageWeakRef, "expired", expired)
+        monkeypatch.setattr(StorageWeakRef, "expired", expired)
         blocks.add(tensors[2], list)  # as another thread would between any two steps
-        return expired(reference)
+        return expired(reference)  # type: ignore[no-untyped-call]
 
     seen: list[int] = []
 
@@ -146,7 +147,7 @@ def test_no_block_is_forgotten_of_two_that_are_noted_at_once(monkeypatch: pytest
 
     try:
         blocks.add(tensors[0], find_streams)
-        monkeypatch.setattr(cuda_blocks.StorageWeakRef, "expired", note_another)
+        monkeypatch.setattr(StorageWeakRef, "expired", note_another)
         blocks.add(tensors[1], find_streams)
         assert seen == [1, 3]  # whoever notes a stream from here on finds the block
         addresses = {storage.data_ptr() for storage in blocks.find()}
