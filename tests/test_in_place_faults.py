@@ -267,12 +267,14 @@ def test_what_is_half_written_is_never_served_nor_written_over(monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(seam, "active", AtCopy(fail))
         patch.setattr("hotglm.weights.exchange.Lane.undo", refuse)
-        with pytest.raises(StageFailedError):
+        with pytest.raises(StageFailedError) as first:
             slot.commit(staged)
+    assert "serves" not in str(first.value)
     actions: list[Callable[[], object]] = [lambda: slot.commit(staged), slot.rollback, lambda: slot(INPUT)]
     for action in actions:
-        with pytest.raises(hotglm.SlotStateError, match="could not be undone"):
+        with pytest.raises(hotglm.SlotStateError, match="could not be undone") as caught:
             action()
+        assert (caught.value.serving, "serves" in str(caught.value)) == (None, False)
     child = os.fork()
     if child == 0:
         try:

@@ -79,6 +79,10 @@ class Admission:
         self._closed = False
         self.live = first_publication(generation)
 
+    def find_serving(self) -> Generation | None:
+        """Return the live generation, if passes go through to it."""
+        return self.live.generation
+
     def commit(self, generation: Generation, *, expected: Expected, claim: Claim) -> tuple[Publication, Publication]:
         """Make `generation` the one that new passes see; return the publications before and after.
 

@@ -197,8 +197,12 @@ class SlotCore:
 
     def add_context(self, error: HotglmError, version: Version | None = None) -> None:
         """Note in an error which slot and versions it concerns."""
-        serving = str(self.admission.live.generation.version)
-        error.with_slot(slot=self.settings.name, version=None if version is None else str(version), serving=serving)
+        serving = self.admission.find_serving()
+        error.with_slot(
+            slot=self.settings.name,
+            version=None if version is None else str(version),
+            serving=None if serving is None else str(serving.version),
+        )
 
     def reset_after_fork(self) -> None:
         """Replace every lock, in a forked child, where the threads that may have held them do not exist."""

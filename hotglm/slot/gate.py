@@ -259,6 +259,11 @@ class Gate:
         if self.closing is not None and self.closing.is_torn:
             _refuse_torn()
 
+    def is_torn(self) -> bool:
+        """Return whether a commit has left live weights half written, and nobody is there who could mend them."""
+        closing = self.closing
+        return closing is not None and closing.is_torn and not closing.worker.is_alive()
+
     def count_inside(self) -> int:
         """Return how many passes and sessions are inside."""
         return len(self._inside)

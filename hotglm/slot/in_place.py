@@ -73,6 +73,10 @@ class InPlaceAdmission(Admission):
 
     # -- passes and stages ---------------------------------------------------------------------------------------------
 
+    def find_serving(self) -> Generation | None:
+        """Return the live generation, unless weights were left half written: then nothing is served any more."""
+        return None if self.gate.is_torn() else super().find_serving()
+
     def enter(self, place: str) -> tuple[Ticket, Generation]:
         """Let a session in; see `Admission.enter`."""
         return self.gate.enter_extended(f"session acquired at {place}"), self.live.generation
