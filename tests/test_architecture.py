@@ -22,7 +22,7 @@ IMPORTS = tuple(find_imports(MODULES))
 
 # The layers of DESIGN section 4, lowest first. A unit is a module or a package directly under `hotglm`.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "events", "problem", "progress", "seam", "source_errors", "version"}),
+    frozenset({"errors", "events", "problem", "progress", "quantity", "seam", "source_errors", "version"}),
     frozenset(
         {
             "breakage",

@@ -313,6 +313,33 @@ def test_a_task_that_is_cancelled_while_it_is_held_back_leaves_nothing(kind: str
     assert_serves(closed.slot, NEW)
 
 
+def test_a_session_that_is_held_back_is_not_entered_by_another_task(closed: Closed) -> None:
+    """One object is one session, also while it waits; one that was cancelled there was never entered."""
+
+    async def main() -> int:
+        closed.begin()
+        session = closed.slot.acquire_async()
+        cancelled = asyncio.create_task(session.__aenter__())
+        await take_turns()
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        first = asyncio.create_task(session.__aenter__())
+        await take_turns()
+        with pytest.raises(SlotStateError, match="entered once"):
+            await session.__aenter__()
+        closed.end()
+        generation = await asyncio.wait_for(first, 30)
+        assert gate_of(closed.slot).count_inside() == 1
+        version = read_version(generation.module(INPUT))
+        await session.__aexit__(None, None, None)
+        return version
+
+    assert asyncio.run(main()) == NEW
+    closed.commit.result()
+    assert_serves(closed.slot, NEW)
+
+
 def test_a_loop_that_is_closed_meanwhile_fails_no_commit(closed: Closed) -> None:
     """A task that waits in a loop that is gone is woken no more; the commit ends as it does without it."""
     loop = asyncio.new_event_loop()

@@ -178,3 +178,35 @@ def test_a_thread_that_cannot_begin_its_work_is_a_failure(nice: int, is_entered:
 
     with pytest.raises(MemoryError):
         run_tasks([lambda: None], num_threads=2, nice=nice, cancellation=Cancellation(), name="test", within=failing)
+
+
+def test_a_thread_whose_priority_cannot_be_lowered_works_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks are done, or the caller hears of it: also where a thread fails before it has come to its first task."""
+
+    def fail(nice: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(workers, "lower_priority", fail)
+    with pytest.raises(MemoryError):
+        run_tasks([lambda: None], num_threads=2, nice=5, cancellation=Cancellation(), name="test")
+
+    slot = hotglm.ModuleSlot(nn.Linear(2, 2), name="ranker", version="1.0.0")
+    before = slot(torch.ones(2))
+    with pytest.raises(hotglm.HotglmError):
+        slot.update({"weight": torch.eye(2), "bias": torch.zeros(2)}, version="1.0.1")
+    assert torch.equal(slot(torch.ones(2)), before)
+
+
+@pytest.mark.parametrize("num_threads", [0, -1])
+def test_tasks_that_no_thread_is_to_run_are_run_by_one(num_threads: int) -> None:
+    """Whatever number of threads is asked for, no task is left out."""
+    ran: list[int] = []
+    run_tasks([lambda: ran.append(1)], num_threads=num_threads, nice=5, cancellation=Cancellation(), name="test")
+    assert ran == [1]
+
+
+def test_a_thread_that_dies_unheard_of_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that nobody did are no success, however it came to that."""
+    monkeypatch.setattr(workers.Worker, "run", lambda self: None)
+    with pytest.raises(ThreadStartError, match="got 0 before they died"):
+        run_tasks([lambda: None], num_threads=1, nice=5, cancellation=Cancellation(), name="test")

@@ -32,6 +32,7 @@ from hotglm.model.recording import call_with
 from hotglm.model.wrappers import find_memory
 from hotglm.output_spec import OutputSpec
 from hotglm.problem import describe_exception
+from hotglm.quantity import is_count, is_limit
 from hotglm.verdict import Finding
 from hotglm.weights.digest import tensor_bytes
 from hotglm.weights.yielding import Yielding
@@ -87,8 +88,7 @@ class StagePolicy:
         reuse: copy what the live version has by the digests that a source promises, held against a fingerprint of it,
             and read the rest; without, every byte of a full source is read and hashed.
         convert_dtypes: convert floating-point tensors to the module's dtype instead of refusing them.
-        num_threads: threads that read and hash; None means all cores of the process but one, at least 1, at most 4, and
-            1 with a pace.
+        num_threads: threads that read and hash; None means all cores but one, at least 1, at most 4, and 1 with a pace.
         nice: how much the threads that read, copy and hash lower their priority, 0 to 19; 0 leaves it alone.
         max_bytes_per_s: most bytes that a load moves in a second, to leave memory bus and copy engines to the service;
             None means all that is there.
@@ -121,11 +121,11 @@ class StagePolicy:
             if isinstance(value, (list, Iterator)):  # an iterator would be used up by its first reader
                 object.__setattr__(self, name, tuple(value))
         wrong = [
-            *(["num_threads"] if self.num_threads is not None and self.num_threads < 1 else []),
-            *(["nice"] if not 0 <= self.nice <= 19 else []),
-            *(["max_bytes_per_s"] if self.max_bytes_per_s is not None and not self.max_bytes_per_s > 0 else []),
+            *(["num_threads"] if self.num_threads is not None and not is_count(self.num_threads) else []),
+            *(["nice"] if not (is_count(self.nice, least=0) and self.nice <= 19) else []),
+            *(["max_bytes_per_s"] if not is_limit(self.max_bytes_per_s) else []),
             *(["pace"] if self.pace is not None and not isinstance(self.pace, Yielding) else []),
-            *(["timeout_s"] if self.timeout_s is not None and not self.timeout_s > 0 else []),
+            *(["timeout_s"] if not is_limit(self.timeout_s) else []),
             *(["checks"] if not _is_tuple_of(self.checks, callable) else []),
             *(["goldens"] if not _is_tuple_of(self.goldens, lambda item: isinstance(item, Golden)) else []),
             *(["warm_up"] if not isinstance(self.warm_up, tuple) else []),

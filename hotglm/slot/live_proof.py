@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from hotglm.errors import LiveMismatchError, Problem
+from hotglm.errors import ArgumentError, LiveMismatchError, Problem, shorten_repr
 from hotglm.model.inspection import find_state
 from hotglm.progress import Progress
+from hotglm.quantity import is_count
 from hotglm.slot.core import SlotCore
 from hotglm.slot.generation import Generation
 from hotglm.slot.live import find_kept
@@ -78,6 +79,10 @@ def verify_live(
     core: SlotCore, *, quick: bool, num_threads: int | None, progress: Callable[[Progress], object] | None
 ) -> LiveProof:
     """Return the proof of what is live; see `ModuleSlot.verify_live`."""
+    if num_threads is not None and not is_count(num_threads):
+        raise ArgumentError(
+            f"Expected at least one thread, got {shorten_repr(num_threads)}.", remedy="leave num_threads out."
+        )
     started, pace = time.perf_counter(), make_pace(core.settings.policy.pace)
     for _ in range(_NUM_ATTEMPTS):
         core.admission.wait_settled()

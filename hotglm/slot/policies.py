@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hotglm.errors import ArgumentError
+from hotglm.quantity import is_amount, is_count
 
 __all__ = ["Flip", "InPlace", "InPlaceRecord", "SwapChoice"]
 
@@ -44,7 +45,7 @@ class InPlace:
         Raises:
             ArgumentError: a negative time, no thread, or no such place.
         """
-        is_bad = not self.timeout_s >= 0 or (self.num_threads is not None and self.num_threads < 1)
+        is_bad = not is_amount(self.timeout_s) or (self.num_threads is not None and not is_count(self.num_threads))
         if is_bad or self.image not in ("auto", "device", "host"):
             raise ArgumentError(
                 f'Expected a time of 0 s or more, at least one thread, and "auto", "device" or "host", got {self}.',

@@ -95,9 +95,13 @@ class AsyncSession:
             raise SlotStateError(
                 "Expected a session to be entered once, got a second time.", remedy="call slot.acquire_async()."
             )
-        session = Session(self._admission, sessions=self._sessions, place=self.place)
-        self._session = await session.open_async()
-        return session.__enter__()
+        # Noted before it waits: another task must not enter it meanwhile, and drop what this one holds.
+        session = self._session = Session(self._admission, sessions=self._sessions, place=self.place)
+        try:
+            return (await session.open_async()).__enter__()
+        except BaseException:
+            self._session = None
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         """Let the generation go."""

@@ -348,6 +348,7 @@ class ModuleSlot(ModuleFacade):
             progress: called in this thread after each tensor.
 
         Raises:
+            ArgumentError: no such number of threads.
             LiveMismatchError: tensors differ; all are named. Live weights are left as they are.
             MemoryPlanError: weights are on a device, and there is no pinned memory to fetch them to.
             StageFailedError: a device fails.

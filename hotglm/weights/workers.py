@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import queue
 import threading
@@ -202,35 +203,31 @@ def run_tasks(
     Each of them works in a context of its own, made by `within`.
 
     Raises:
-        ThreadStartError: not even one thread could be started.
+        ThreadStartError: not even one thread could be started, or those that were died.
         BaseException: whatever a task raised first, or the cancellation's reason.
     """
     work = _Work(tasks, cancellation)
     threads: list[threading.Thread] = []
 
-    def work_alone() -> None:
+    def work_alone(lowered_by: int) -> None:
         try:
+            lower_priority(lowered_by)
             with computing_alone(), within(cancellation):
                 work.run()
         except BaseException as failure:  # noqa: BLE001 - tasks that nobody ran must not pass for done
             work.failures.append(failure)
 
-    def run_quietly() -> None:
-        lower_priority(nice)
-        work_alone()
-
     try:
-        for index in range(0 if nice else 1, min(num_threads, work.num_tasks)):
-            thread = start_thread(run_quietly, name=f"{name}-{index}")
+        for index in range(0 if nice else 1, min(max(1, num_threads), work.num_tasks)):
+            thread = start_thread(functools.partial(work_alone, nice), name=f"{name}-{index}")
             threads.append(thread)  # one by one, so that those that did start are joined
     except ThreadStartError as failure:
         work.failures.append(failure)
     if not nice:
-        work_alone()
+        work_alone(0)
     for thread in threads:
         thread.join()
-    if work.failures:
-        raise work.failures[0]
+    work.raise_unless_done(name)
 
 
 class _Work:
@@ -238,12 +235,22 @@ class _Work:
 
     def __init__(self, tasks: Iterable[Callable[[], None]], cancellation: Cancellation) -> None:
         self.failures: list[BaseException] = []
+        self.done: list[None] = []  # one for each task; a thread that dies unheard of leaves some out
         self._cancellation = cancellation
         self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.num_tasks = 0
         for task in tasks:
             self._todo.put(task)
             self.num_tasks += 1
+
+    def raise_unless_done(self, name: str) -> None:
+        if self.failures:
+            raise self.failures[0]
+        if len(self.done) < self.num_tasks:
+            raise ThreadStartError(
+                f"Expected threads {name!r} to do {self.num_tasks} tasks, got {len(self.done)} before they died.",
+                remedy="look at the standard error of this process, which says how; memory has most likely run out.",
+            )
 
     def run(self) -> None:
         while not self.failures:
@@ -254,5 +261,6 @@ class _Work:
             try:
                 self._cancellation.raise_if_cancelled()
                 task()
+                self.done.append(None)
             except BaseException as failure:  # noqa: BLE001 - raised again by run_tasks, in its caller's thread
                 self.failures.append(failure)

@@ -41,6 +41,7 @@ import enum
 from dataclasses import dataclass
 
 from hotglm.errors import ArgumentError
+from hotglm.quantity import is_amount
 
 __all__ = ["EXCESS", "INTERVAL_S", "QUEUED", "STEPS", "PaceRecord", "Share", "Work", "Yielding", "next_share"]
 
@@ -59,6 +60,7 @@ QUEUED = 0.1
 STEPS = 8
 """Intervals without contention from a share of nothing to the largest."""
 
+_MIN_SHARE = 0.001
 _BACK_OFF = 0.5
 _RUN = 4
 _MIN_JUDGED_NBYTES = 256 << 10
@@ -84,8 +86,8 @@ class Yielding:
 
     Attributes:
         max_share: largest part of the time in which each thread of a load works, above 0 and at most 1.
-        min_share: the part that is always its own, so that a load ends: what takes `B` of work is done within
-            `B / min_share`, and whatever it waits for disks and cores.
+        min_share: the part that is always its own, at least a thousandth, so that a load ends: what takes `B` of work
+            is done within `B / min_share`, and whatever it waits for disks and cores.
     """
 
     max_share: float = 0.25
@@ -97,9 +99,10 @@ class Yielding:
         Raises:
             ArgumentError: the shares are not in order.
         """
-        if not 0 < self.min_share <= self.max_share <= 1:
+        are_numbers = is_amount(self.min_share) and is_amount(self.max_share)
+        if not (are_numbers and _MIN_SHARE <= self.min_share <= self.max_share <= 1):
             raise ArgumentError(
-                f"Expected 0 < min_share <= max_share <= 1, got {self}.",
+                f"Expected {_MIN_SHARE} <= min_share <= max_share <= 1, got {self}.",
                 remedy="Yielding() takes a twentieth to a quarter of a core; min_share is what it never goes below.",
             )
 
