@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -74,7 +75,48 @@ def scale(model: Any) -> None:
     model.weight.scale = largest
 
 
-CASES = [(Shifted, shift, "zero_point"), (Clipped, clip, "clip"), (Scaled, scale, "weight.scale")]
+class Settings(dict[str, float]):
+    """What a mapping knows beside its items, it does not compare."""
+
+    scale = 1.0
+
+
+@dataclass(slots=True)
+class Setting:
+    """Equal to others of another scale."""
+
+    scale: float = field(default=1.0, compare=False)
+
+
+class Told(Base):
+    """One whose scale is in objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setting: Any = Setting()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run it; x: (batch, WIDTH)."""
+        found: torch.Tensor = x @ self.weight * self.setting.scale
+        return found
+
+
+def tell(model: Any) -> None:
+    model.setting.scale = float(model.weight.max())
+
+
+def tell_mapping(model: Any) -> None:
+    model.setting = Settings()
+    model.setting.scale = float(model.weight.max())
+
+
+CASES = [
+    (Told, tell, "setting"),
+    (Told, tell_mapping, "setting"),
+    (Shifted, shift, "zero_point"),
+    (Clipped, clip, "clip"),
+    (Scaled, scale, "weight.scale"),
+]
 
 
 def make(kind: type[nn.Module], quantize: Callable[[Any], None], value: float) -> Any:
@@ -122,3 +164,31 @@ def test_in_place_a_number_that_would_stay_is_refused(
         slot.update({"weight": torch.zeros(WIDTH, WIDTH)}, version="1.0.1")
     assert same_bits(slot(X), before)
     slot.verify_live()
+
+
+def test_what_leads_back_to_itself_is_not_taken_for_the_same() -> None:
+    """It cannot be compared; then what was quantised is the new code, as a cold start has it."""
+
+    def quantize(model: Any) -> None:
+        model.circle = []
+        model.circle += [model.circle, float(model.weight.max())]
+
+    slot = hotglm.ModuleSlot(
+        make(Shifted, quantize, 1.0),
+        name="m",
+        version="1.0.0",
+        requantize=hotglm.Requantize(build=Shifted, quantize=quantize),
+    )
+    slot.update({"weight": torch.full((WIDTH, WIDTH), 2.0)}, version="1.0.1")
+    live: Any = slot.live.module
+    assert live.circle[1] == 2.0
+    assert same_bits(slot(X), make(Shifted, quantize, 2.0)(X))
+
+
+def test_weights_that_were_not_hashed_are_told_so() -> None:
+    """A receipt names no digest where none was taken."""
+    policy = hotglm.StagePolicy(digest=False)
+    requantize = hotglm.Requantize(build=Shifted, quantize=shift)
+    slot = hotglm.ModuleSlot(make(Shifted, shift, 1.0), name="m", version="1.0.0", policy=policy, requantize=requantize)
+    receipt = slot.update({"weight": torch.zeros(WIDTH, WIDTH)}, version="1.0.1")
+    assert "quantised from weights that were not hashed" in receipt.explain()

@@ -35,7 +35,7 @@ from hotglm.model.wrappers import find_memory
 from hotglm.weights import places
 from hotglm.weights.workers import yield_gil_when_due
 
-__all__ = ["DYNAMO_NOTES", "Sight", "look_at"]
+__all__ = ["DYNAMO_NOTES", "Sight", "find_own", "look_at"]
 
 _VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum)
 _NUMBERS = (bool, int, float, complex, str, bytes, types.NoneType)
@@ -191,10 +191,7 @@ class _Look:
             return ("weak", self.see(value()))
         if not _is_plain(type(value)):
             return self._identify(value)
-        own = dict(getattr(value, "__dict__", {}))
-        names = (name for cls in type(value).__mro__ for name in _list_slots(cls))
-        own |= {name: getattr(value, name) for name in names if hasattr(value, name)}
-        return (_Same(type(value)), self.see(own))
+        return (_Same(type(value)), self.see(find_own(value)))
 
     def _see_tensor(self, tensor: torch.Tensor) -> Hashable:
         own = {name: value for name, value in vars(tensor).items() if name not in DYNAMO_NOTES}
@@ -210,6 +207,12 @@ class _Look:
         self.tensors.append(tensor)
         flags = (tensor.is_conj(), tensor.is_neg(), tensor.is_inference())
         return (tensor.data_ptr(), tuple(tensor.shape), strides, tensor.dtype, str(tensor.device), flags)
+
+
+def find_own(value: object) -> dict[str, object]:
+    """Return the attributes of an object, those in slots, too."""
+    names = (name for cls in type(value).__mro__ for name in _list_slots(cls))
+    return dict(getattr(value, "__dict__", {})) | {n: getattr(value, n) for n in names if hasattr(value, n)}
 
 
 def _is_flat(value: Iterable[object]) -> bool:

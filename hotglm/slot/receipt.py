@@ -163,10 +163,14 @@ class Receipt:
         lines += [f"  migrated: {line}" for line in self.migration]
         lines += [f"  {self.in_place.explain()}"] if self.in_place else []
         lines += [f"  digest {self.digest}"] if self.digest else []
-        lines += [f"  quantised from weights of digest {self.quantized_from.digest}"] if self.quantized_from else []
+        lines += [f"  quantised from weights {_name_digest(self.quantized_from)}"] if self.quantized_from else []
         lines += [f"  proved: {', '.join(self.checks)}"] if self.checks else []
         lines += [f"  compiled: {self.recompiles}"] if self.recompiles else []
         lines += [f"  recorded graphs: {self.recaptures}"] if self.recaptures else []
         lines += [f"  recomputed: {', '.join(self.refreshed)}"] if self.refreshed else []
         lines += [f"  carried over: {', '.join(self.carried)}"] if self.carried else []
         return "\n".join(lines)
+
+
+def _name_digest(weights: QuantizedFrom) -> str:
+    return "that were not hashed" if weights.digest is None else f"of digest {weights.digest}"

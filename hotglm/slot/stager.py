@@ -186,7 +186,7 @@ class Stager:
         if threading.get_ident() in self._threads or find_owner() is self or self._spares.admission.is_committing():
             error = ReentrantError(
                 "Expected an update from outside the slot's own staging, got one from inside it.",
-                remedy="let the check, refresh or progress callback return, and update afterwards.",
+                remedy="let the check, refresh, quantize or progress callback return, and update afterwards.",
             )
             raise error.with_slot(slot=self._name, version=None, serving=None)
 
