@@ -308,3 +308,19 @@ def test_a_refusal_tells_how_the_load_yielded(pieces: Pieces) -> None:
     assert caught.value.receipt is not None
     assert caught.value.receipt.pace is not None
     assert torch.equal(slot(X), Net()(X))
+
+
+def test_a_stage_that_fails_before_it_reads_tells_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faulting memory in yields as well: where that ends, the receipt of the refusal says how it went until then."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    slot = hotglm.ModuleSlot(nn.Linear(64, 64), name="ranker", version="1.0.0", policy=BRISK)
+    before = slot(torch.ones(64))
+    monkeypatch.setattr("hotglm.weights.arena.Arena.populate", fail)
+    with pytest.raises(hotglm.HotglmError) as refused:
+        slot.update(nn.Linear(64, 64).state_dict(), version="1.0.1")
+    assert refused.value.receipt is not None
+    assert refused.value.receipt.pace is not None
+    assert torch.equal(slot(torch.ones(64)), before)

@@ -63,6 +63,7 @@ def stage_version(request: StageRequest, spares: Spares, record: StageRecord) ->
         record.source, record.version = offer.label, request.version or offer.version
         request = replace(request, version=record.version)
         plain, pace = None, make_pace(request.policy.pace)
+        stack.callback(_note_pace, record, pace)
         if request.requantize is not None:
             with record.timed("build"):
                 plain = find_plain(request, offer)
@@ -71,6 +72,10 @@ def stage_version(request: StageRequest, spares: Spares, record: StageRecord) ->
         request, code = quantize_offer(request, offer, plain, record, spares, pace=pace)
         del plain
         return _Stage(request, spares, record, code.offer, pace=pace).fill(code, stack)
+
+
+def _note_pace(record: StageRecord, pace: Pace | AtWill) -> None:
+    record.pace = pace.record
 
 
 class _Stage:
