@@ -96,3 +96,16 @@ def test_in_place_a_number_that_only_a_refresh_sets_is_refused(bench: Bench) -> 
     with pytest.raises(UnswappableError, match="scale"):
         slot.update(state(1, Scaled), version="1.0.1")
     assert same_bits(bench.run(slot), before)
+
+
+class Marked(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+def test_tensors_of_another_class_are_of_another_kind(bench: Bench) -> None:
+    """What a subclass makes of a pass is not what was captured: it runs without a graph, and is counted."""
+    module = bench.graph(Model().eval(), [X])
+    with torch.no_grad():
+        found = module(X.as_subclass(Marked))
+    assert type(found) is Marked
+    assert count_graphs(module).missed == {"inputs of another kind": 1}

@@ -54,7 +54,7 @@ def graphed(module: nn.Module, inputs: Sequence[Any], *, otherwise: Otherwise = 
             change itself in a pass. Changed: its calls replay graphs.
         inputs: one item for each kind of pass: a tensor, a tuple of positional arguments, or a mapping of keyword
             arguments, with tensors on the device; kept, to capture later versions with. A pass is of that kind if it is
-            called in the same way, with tensors of the same shapes and dtypes, and with equal values for all else.
+            called in the same way, with tensors of equal class, shape and dtype, and equal values for all else.
         otherwise: what becomes of other passes: `"eager"` runs them without a graph and counts them, `"error"` raises.
 
     Returns:

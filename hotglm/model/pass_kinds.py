@@ -48,7 +48,7 @@ def fill(leaves: Sequence[Any], tensors: Sequence[torch.Tensor]) -> Iterator[Any
 def name_kind(leaves: Sequence[Any]) -> Hashable:
     """Return what tells inputs of one graph from those of another, but for how they are nested."""
     return tuple(
-        (leaf.shape, leaf.dtype, leaf.device)
+        (type(leaf), leaf.shape, leaf.dtype, leaf.device)
         if is_tensor(leaf)
         else (type(leaf), repr(leaf) if isinstance(leaf, CONSTANTS) else None)
         for leaf in leaves
