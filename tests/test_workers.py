@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import os
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import hotglm
 from hotglm.errors import ThreadStartError
 from hotglm.release.files import open_weights
 from hotglm.slot import loading, stage_request
+from hotglm.slot.stager import clear_frames
 from hotglm.testing.seams import hooked
 from hotglm.weights import workers
 from hotglm.weights.finite import find_nonfinite
@@ -210,3 +214,32 @@ def test_a_thread_that_dies_unheard_of_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(workers.Worker, "run", lambda self: None)
     with pytest.raises(ThreadStartError, match="got 0 before they died"):
         run_tasks([lambda: None], num_threads=1, nice=5, cancellation=Cancellation(), name="test")
+
+
+def _write(memory: object) -> None:
+    """Stand for a task that writes."""
+
+
+@pytest.mark.parametrize("nice", [0, 5])
+def test_a_failure_that_is_kept_keeps_no_task(nice: int) -> None:
+    """Memory of tasks, failed or not begun, goes with the frames of the failure, without a collection of garbage."""
+
+    class Memory:
+        """Stands for what a task writes."""
+
+    reasons = Cancellation()
+    reason = KeyboardInterrupt()
+    reasons.cancel(reason)
+    memory = [Memory() for _ in range(4)]
+    watched = [weakref.ref(one) for one in memory]
+    tasks: list[Callable[[], None]] = [functools.partial(_write, one) for one in memory]
+    memory.clear()
+    gc.disable()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_tasks(tasks, num_threads=2, nice=nice, cancellation=reasons, name="test")
+        tasks.clear()
+        clear_frames(reason)
+        assert [one() for one in watched] == [None] * 4
+    finally:
+        gc.enable()

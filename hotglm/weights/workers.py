@@ -12,11 +12,11 @@ Rules this module keeps:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import functools
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -206,42 +206,41 @@ def run_tasks(
         ThreadStartError: not even one thread could be started, or those that were died.
         BaseException: whatever a task raised first, or the cancellation's reason.
     """
-    work = _Work(tasks, cancellation)
+    work = _Work(tasks, cancellation=cancellation, within=within)
     threads: list[threading.Thread] = []
-
-    def work_alone(lowered_by: int) -> None:
-        try:
-            lower_priority(lowered_by)
-            with computing_alone(), within(cancellation):
-                work.run()
-        except BaseException as failure:  # noqa: BLE001 - tasks that nobody ran must not pass for done
-            work.failures.append(failure)
-
     try:
         for index in range(0 if nice else 1, min(max(1, num_threads), work.num_tasks)):
-            thread = start_thread(functools.partial(work_alone, nice), name=f"{name}-{index}")
+            thread = start_thread(functools.partial(work.run, nice=nice), name=f"{name}-{index}")
             threads.append(thread)  # one by one, so that those that did start are joined
     except ThreadStartError as failure:
         work.failures.append(failure)
     if not nice:
-        work_alone(0)
+        work.run(nice=0)
     for thread in threads:
         thread.join()
     work.raise_unless_done(name)
 
 
 class _Work:
-    """Tasks that several threads take in order, until they are done or one has failed."""
+    """Tasks that several threads take in order, until they are done or one has failed.
 
-    def __init__(self, tasks: Iterable[Callable[[], None]], cancellation: Cancellation) -> None:
+    Methods and no closures: `clear_frames` cannot reach what the function of a frame has captured, and a failure that
+    somebody keeps would keep tasks, and with them memory that they were to write.
+    """
+
+    def __init__(
+        self,
+        tasks: Iterable[Callable[[], None]],
+        *,
+        cancellation: Cancellation,
+        within: Callable[[Cancellation], contextlib.AbstractContextManager[object]],
+    ) -> None:
         self.failures: list[BaseException] = []
         self.done: list[None] = []  # one for each task; a thread that dies unheard of leaves some out
         self._cancellation = cancellation
-        self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.num_tasks = 0
-        for task in tasks:
-            self._todo.put(task)
-            self.num_tasks += 1
+        self._within = within
+        self._todo = collections.deque(tasks)
+        self.num_tasks = len(self._todo)
 
     def raise_unless_done(self, name: str) -> None:
         if self.failures:
@@ -252,15 +251,21 @@ class _Work:
                 remedy="look at the standard error of this process, which says how; memory has most likely run out.",
             )
 
-    def run(self) -> None:
-        while not self.failures:
-            try:
-                task = self._todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                self._cancellation.raise_if_cancelled()
-                task()
-                self.done.append(None)
-            except BaseException as failure:  # noqa: BLE001 - raised again by run_tasks, in its caller's thread
-                self.failures.append(failure)
+    def run(self, *, nice: int) -> None:
+        """Run tasks until there are none, or one has failed."""
+        try:
+            lower_priority(nice)
+            with computing_alone(), self._within(self._cancellation):
+                while not self.failures and (task := self._take()) is not None:
+                    self._cancellation.raise_if_cancelled()
+                    task()
+                    self.done.append(None)
+        except BaseException as failure:  # noqa: BLE001 - raised again by run_tasks, in its caller's thread
+            self.failures.append(failure)
+            self._todo.clear()
+
+    def _take(self) -> Callable[[], None] | None:
+        try:
+            return self._todo.popleft()
+        except IndexError:
+            return None
