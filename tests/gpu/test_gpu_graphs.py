@@ -144,6 +144,7 @@ def test_a_capture_beside_the_service_disturbs_nobody() -> None:
     """Hazard: what threads of the service do ends a capture of a stage, becomes part of it, or is ended by it."""
     slot = hotglm.ModuleSlot(make(), name="m", version="1.0.0", memory=TIGHT)
     outputs = {seed: start_cold(seed, draw()) for seed in range(9)}
+    versions = {seed: Tagged(seed) for seed in range(1, 9)}  # before others draw random numbers
     stop, wrong, failures = threading.Event(), [], []
     torch.cuda.synchronize()
 
@@ -163,8 +164,7 @@ def test_a_capture_beside_the_service_disturbs_nobody() -> None:
     threads = [threading.Thread(target=serve) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for seed in range(1, 9):
-        new = Tagged(seed)
+    for seed, new in versions.items():
         receipt = slot.update(new, version=f"1.1.{seed}")
         assert receipt.recaptures == 2
     stop.set()
