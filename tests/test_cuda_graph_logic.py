@@ -225,11 +225,30 @@ def test_a_capture_marks_no_generator_of_others(
 
 
 def test_an_end_that_fails_is_told_to_the_allocator(cuda: Cuda) -> None:
-    """A capture that torch cannot end is an error, and leaves nothing behind."""
+    """A capture that torch cannot end is an error; its graph stays, because torch goes on referring to it."""
     cuda.ends_badly = True
+    kept = len(cuda_graphs._failed)
     with pytest.raises(RuntimeError, match="previous error"):
         make_recorder().capture(list, [X])
     assert cuda.journal[-1] == "allocator is told of pool 0"
+    assert len(cuda_graphs._failed) == kept + 1
+
+
+def test_a_begin_that_fails_is_told_to_the_allocator(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's allocator may have begun where the driver has not; the next capture goes to another pool."""
+    recorder, begin = make_recorder(), torch.cuda.CUDAGraph.capture_begin
+
+    def fail(graph: Any, **options: Any) -> None:
+        begin(graph, **options)
+        raise RuntimeError("operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, "capture_begin", fail)
+        with pytest.raises(RuntimeError, match="not permitted"):
+            recorder.capture(list, [X])
+    assert cuda.journal[-1] == "allocator is told of pool 0"
+    recorder.capture(list, [X])
+    assert "begin into pool 1, thread_local on capturing" in cuda.journal
 
 
 @pytest.mark.parametrize("device", [0, 1])

@@ -53,6 +53,10 @@ _NUM_WARM_UPS = 3
 """Passes before a capture, as torch's own `make_graphed_callables` has them."""
 
 
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: torch's allocator of pinned memory goes on asking them which allocations are theirs."""
+
+
 class CudaRecording:
     """One captured pass; see `Recording`."""
 
@@ -103,8 +107,12 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         living = next(iter(self._made), None)  # held meanwhile, so that its pool cannot go
         pool = torch.cuda.graph_pool_handle() if living is None else living.graph.pool()
-        with _sparing_generator(self._device):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            with _sparing_generator(self._device):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        except BaseException:
+            self._tell_allocator(graph, pool)
+            raise
         try:
             inputs = [torch.empty_like(sample) for sample in samples]
             outputs = list(run(inputs))
@@ -114,7 +122,7 @@ class CudaRecorder:
         try:
             graph.capture_end()
         except BaseException:
-            self._tell_allocator(pool)
+            self._tell_allocator(graph, pool)
             raise
         return CudaRecording(graph, inputs, outputs)
 
@@ -123,10 +131,11 @@ class CudaRecorder:
         try:
             graph.capture_end()
         except RuntimeError:
-            self._tell_allocator(pool)
+            self._tell_allocator(graph, pool)
 
-    def _tell_allocator(self, pool: Any) -> None:
-        """Tell torch's allocator that the capture is over, which a `capture_end` that fails leaves out (torch 2.11)."""
+    def _tell_allocator(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Tell torch's allocator that the capture is over, which a begin or end that fails leaves out (torch 2.11)."""
+        _failed.append(graph)
         self._made = weakref.WeakSet()  # its allocator of pinned memory cannot be told: another pool from here on
         ends = (getattr(torch._C, name, None) for name in _ENDS)
         end: Callable[..., None] | None = next((end for end in ends if end is not None), None)
