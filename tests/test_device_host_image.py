@@ -20,13 +20,12 @@ from hotglm.weights.device_exchange import wait_for_work
 from hotglm.weights.host_exchange import HostExchange
 from hotglm.weights.pinned_arena import PinnedArena
 from support.device_models import Queued, Spread, make_spread, make_spread_state
-from support.exchange_program import HostProgram, start
+from support.exchange_program import Failing, HostProgram, start
 from support.fake_device import Choices, FakeDevice, FakeLane, FakePinned, FakePlaces
 from support.swaps import same_bits
 
 X = torch.linspace(-1, 1, 16).view(2, 8)
 ON_HOST = hotglm.InPlace(image="host")
-COPY = FakeLane.copy_all
 
 
 @pytest.fixture(autouse=True)
@@ -91,28 +90,6 @@ def test_a_missing_wait_is_caught(hazard: str, monkeypatch: pytest.MonkeyPatch) 
     """Each wait that is planted to be missing makes a pass, or the undo image, wrong in one of a few schedules."""
     HAZARDS[hazard](monkeypatch)
     assert not all(HostProgram(Choices(seed), sizes=(40, 40, 40)).run(num_swaps=2) for seed in range(40))
-
-
-class Failing:
-    """Fails at the nth copy, before it or after half of it."""
-
-    def __init__(self, nth: int, *, is_half: bool) -> None:
-        self.left = nth
-        self.is_half = is_half
-
-    def copy_all(self, lane: FakeLane, sources: Any, targets: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            if self.is_half:
-                COPY(lane, [s[: len(s) // 2] for s in sources if s.dim()], [t[: len(t) // 2] for t in targets])
-            raise MemoryError("planted")
-        COPY(lane, sources, targets)
-
-    def plant(self, patch: pytest.MonkeyPatch) -> None:
-        def copy_all(lane: FakeLane, sources: Any, targets: Any) -> None:
-            self.copy_all(lane, sources, targets)
-
-        patch.setattr(FakeLane, "copy_all", copy_all)
 
 
 @pytest.mark.parametrize("is_half", [False, True], ids=["before a copy", "in the middle of it"])

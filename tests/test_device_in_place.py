@@ -16,8 +16,8 @@ from hotglm.weights import device_exchange, exchanges
 from hotglm.weights.device import Event
 from hotglm.weights.device_arena import DeviceArena
 from hotglm.weights.device_exchange import DeviceExchange, wait_for_work
-from support.exchange_program import Program, start
-from support.fake_device import Choices, FakeDevice, FakeEvent, FakeLane, every_schedule
+from support.exchange_program import Failing, Program, start
+from support.fake_device import Choices, FakeDevice, FakeEvent, every_schedule
 
 
 @pytest.fixture(autouse=True)
@@ -168,25 +168,6 @@ def _one_step(pairs: Any, block: DeviceArena) -> Iterator[Any]:
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-class Failing:
-    """Fails at the nth call of the device, before it or after half of it."""
-
-    def __init__(self, nth: int, *, is_half: bool) -> None:
-        self.left = nth
-        self.is_half = is_half
-
-    def copy_all(self, lane: FakeLane, sources: Any, targets: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            if self.is_half:
-                COPY(lane, sources[: len(sources) // 2 + 1], targets[: len(sources) // 2 + 1])
-            raise MemoryError("planted")
-        COPY(lane, sources, targets)
-
-
-COPY = FakeLane.copy_all
-
-
 @pytest.mark.parametrize("is_half", [False, True], ids=["before a copy", "in the middle of it"])
 def test_a_failure_at_every_copy_is_undone(monkeypatch: pytest.MonkeyPatch, *, is_half: bool) -> None:
     """Both sides hold what they held, once `undo` has returned, wherever it failed, and later passes read that."""
@@ -197,8 +178,7 @@ def test_a_failure_at_every_copy_is_undone(monkeypatch: pytest.MonkeyPatch, *, i
         exchange = program.exchange()
         wait_for_work([exchange.device], timeout_s=10.0)
         with monkeypatch.context() as patch:
-            failing = Failing(nth, is_half=is_half)
-            patch.setattr(FakeLane, "copy_all", lambda *args, failing=failing: failing.copy_all(*args))
+            Failing(nth, is_half=is_half).plant(patch)
             with pytest.raises(MemoryError, match="planted"):
                 exchange.submit()
         exchange.undo()
@@ -218,8 +198,7 @@ def test_an_undo_that_fails_goes_on_where_it_failed(monkeypatch: pytest.MonkeyPa
         if way == exchange.settle:
             exchange.submit().wait()
         with monkeypatch.context() as patch:
-            failing = Failing(nth, is_half=True)
-            patch.setattr(FakeLane, "copy_all", lambda *args, failing=failing: failing.copy_all(*args))
+            Failing(nth, is_half=True).plant(patch)
             with pytest.raises(MemoryError, match="planted"):
                 way()
         way()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 
 from hotglm.weights.device_arena import DeviceArena
@@ -13,10 +14,10 @@ from hotglm.weights.exchange import Pair
 from hotglm.weights.exchanges import Exchanges
 from hotglm.weights.host_exchange import HostExchange
 from hotglm.weights.pinned_arena import PinnedArena
-from support.fake_device import Choices, FakeDevice
+from support.fake_device import Choices, FakeDevice, FakeLane
 from support.swaps import same_bits
 
-__all__ = ["HostProgram", "Program", "start", "values"]
+__all__ = ["Failing", "HostProgram", "Program", "start", "values"]
 
 STREAMS = ("default", "second")
 
@@ -127,3 +128,38 @@ def start(choices: Choices, kind: type[Program] = Program) -> Program:
     program.passes(0)
     program.stage(1)
     return program
+
+
+class Failing:
+    """Fails at the nth copy of a device: before it, or after half of its tensors and half of the next one."""
+
+    _copy_all = FakeLane.copy_all
+
+    def __init__(self, nth: int, *, is_half: bool) -> None:
+        """Count down from `nth`."""
+        self._left = nth
+        self._is_half = is_half
+
+    def plant(self, patch: pytest.MonkeyPatch) -> None:
+        """Put it in the place of the fake's own copy."""
+
+        def copy_all(lane: FakeLane, sources: Any, targets: Any) -> None:  # a function, which is bound to the lane
+            self._fail(lane, sources, targets)
+
+        patch.setattr(FakeLane, "copy_all", copy_all)
+
+    def _fail(self, lane: FakeLane, sources: Any, targets: Any) -> None:
+        self._left -= 1
+        if self._left:
+            Failing._copy_all(lane, sources, targets)
+            return
+        if self._is_half:
+            middle = len(sources) // 2
+            halves = [
+                [one[: -(-len(one) // 2)] for one in side[middle : middle + 1] if one.dim()]
+                for side in (sources, targets)
+            ]
+            for part in ((sources[:middle], targets[:middle]), halves):
+                if part[0]:
+                    Failing._copy_all(lane, *part)
+        raise MemoryError("planted")
