@@ -77,12 +77,12 @@ def _run(bench: Bench, setting: Setting, way: _Way, swap: hotglm.Flip | hotglm.I
 def _make_slot(
     setting: Setting, module: nn.Module, x: torch.Tensor, swap: hotglm.Flip | hotglm.InPlace
 ) -> hotglm.ModuleSlot:
-    """Return a slot whose module has run, and has been swapped into both arenas."""
+    """Return a slot whose module has run, and has been swapped into every arena: two, or three of a small one."""
     policy = hotglm.StagePolicy(num_threads=os.cpu_count(), reuse=False)
     slot = hotglm.ModuleSlot(module, name="m", version="1.0.0", policy=policy, swap=swap)
     for _ in range(_NUM_FIRST):
         slot(x)
-    for number in (1, 2):
+    for number in (1, 2, 3):
         slot.update(setting.paths[number % 2], version=f"1.0.{number}")
         slot(x)
     return slot
