@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for; return the exit code: 0 also where a target is missed, because a report is no test."""
     options = _parse(arguments)
     machine = describe_machine(() if options.rows == GROUPS else options.rows)
+    if options.parts:
+        machine["parts"] = ",".join(options.parts)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="hotglm-bench-", dir=options.scratch) as directory:
         nbytes = (4 if options.quick else options.mib) * MIB

@@ -255,13 +255,13 @@ def _first_pass(bench: Bench, setting: Setting) -> Row:
 
 
 def _memory(bench: Bench, setting: Setting) -> Row:
-    """Swap 200 times and hold reserved memory, and the peak, against what they may be."""
+    """Swap 60 times and hold reserved memory, and the peak, against what they may be."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     slot, x = setting.slot(), torch.randn(8, setting.side, dtype=torch.bfloat16, device="cuda")
     reserved: list[float] = []
-    for number in range(6 if bench.quick else 200):
+    for number in range(6 if bench.quick else 60):
         slot.update(setting.paths[number % 2], version=f"1.4.{number}")
         slot(x)
         if number == 2:

@@ -87,7 +87,7 @@ def _read_field(path: str, key: str) -> str:
 
 
 def name_report(machine: Mapping[str, str]) -> str:
-    """Return the stem of a report's files: device or cores, date, and the groups where it has not all of them.
+    """Return the stem of a report's files: device or cores, date, and the groups and parts where it has not all.
 
     Example:
         >>> name_report({"machine": "AMD EPYC, 2 cores, 23 GiB", "at": "2026-11-20 12:00 UTC"})
@@ -100,8 +100,8 @@ def name_report(machine: Mapping[str, str]) -> str:
     else:
         cores = re.search(r"(\d+) cores", machine["machine"])
         where = f"cpu-{cores.group(1) if cores else '?'}core"
-    rows = machine.get("rows", "").replace(",", "-")
-    return "-".join(part for part in (where, machine["at"].split()[0], rows) if part)
+    named = [machine.get(key, "").replace(",", "-") for key in ("rows", "parts")]
+    return "-".join(part for part in (where, machine["at"].split()[0], *named) if part)
 
 
 def to_markdown(rows: Iterable[Row], machine: Mapping[str, str]) -> str:

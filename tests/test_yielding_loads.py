@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hotglm.errors import HotglmError, NonFiniteError
 from hotglm.slot import live_proof
 from hotglm.weights import pace as paces
 from hotglm.weights import places, upload
+from hotglm.weights.evaluation import Evaluation
 from hotglm.weights.pace import PIECE_NBYTES, Pace, Senses
 from hotglm.weights.split_arena import SplitLease
 from hotglm.weights.yielding import Work
@@ -147,6 +149,36 @@ def test_a_migration_is_paced(tmp_path: Path, pieces: Pieces) -> None:
     assert pieces.largest <= PIECE_NBYTES
     assert pieces.nbytes[Work.READ] == ALL_NBYTES
     assert slot.live.module.get_parameter("small")[0] == 4.0
+
+
+def _halve(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return both halves, doubled."""
+    first, second = (2 * tensors["both"]).chunk(2)
+    return {"first.weight": first, "second.weight": second}
+
+
+def test_a_migration_rests_before_each_tensor_that_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed is no piece that could be cut, so the pace is kept between one and the next."""
+    events: list[str] = []
+    write = Evaluation.write
+    monkeypatch.setattr(paces._Worker, "rest", lambda worker, work, nbytes: events.append("rest"))
+
+    def note_and_write(evaluation: Evaluation, *arguments: Any) -> None:
+        events.append("write")
+        write(evaluation, *arguments)
+
+    monkeypatch.setattr(Evaluation, "write", note_and_write)
+    migrations = hotglm.Migrations("m")
+    halves = ("first.weight", "second.weight")
+    spec = hotglm.TensorSpec(dtype="float32", shape=(8, 8))
+    migrations.state("0.9", "1.0", [hotglm.Apply(_halve, ["both"], dict.fromkeys(halves, spec))])
+    net = nn.ModuleDict({"first": nn.Linear(8, 8, bias=False), "second": nn.Linear(8, 8, bias=False)})
+    unproved = replace(POLICY, digest=False, finite=False)  # proofs of one tensor would rest before the next, too
+    slot = hotglm.ModuleSlot(net, name="m", version="1.0.0", migrations=migrations, accept="major", policy=unproved)
+    slot.update({"both": torch.full((16, 8), 2.0)}, version="0.9.0")
+    assert all((slot.live.module.get_parameter(half) == 4.0).all() for half in halves)
+    computed = [number for number, event in enumerate(events) if event == "write"]
+    assert [events[number - 1] for number in computed] == ["rest"] * 2
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -262,7 +262,6 @@ class _Work:
                     self.done.append(None)
         except BaseException as failure:  # noqa: BLE001 - raised again by run_tasks, in its caller's thread
             self.failures.append(failure)
-            self._todo.clear()
 
     def _take(self) -> Callable[[], None] | None:
         try:
