@@ -33,6 +33,7 @@ from hotglm.weights.plan import IOV_MAX, Piece
 from hotglm.weights.ring import GAP_NBYTES
 from hotglm.weights.split_arena import SplitLease
 from hotglm.weights.windows import place_pieces
+from support.device_models import put_on_devices
 from support.fake_device import Choices, FakeDevice, FakePlaces
 
 CHUNK = 256
@@ -114,10 +115,7 @@ def renew(fakes: FakePlaces) -> FakePlaces:
 def make_split(fakes: FakePlaces, seed: int) -> tuple[Split, list[FakeDevice]]:
     torch.manual_seed(0)
     module = Split()
-    devices = [FakeDevice(name=f"fake:{index}", choices=Choices(seed + index)) for index in range(2)]
-    fakes.add(devices[0], module.first)
-    fakes.add(devices[1], module.second)
-    return module, devices
+    return module, put_on_devices(fakes, seed, module.first, module.second)
 
 
 def make_state(seed: int, *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 import hotglm
 from support.fake_device import Choices, FakeDevice, FakePlaces
 
-__all__ = ["Queued", "Spread", "make_spread", "make_spread_state"]
+__all__ = ["Queued", "Spread", "make_spread", "make_spread_state", "put_on_devices"]
 
 
 class Queued(nn.Module):
@@ -68,10 +68,15 @@ def make_spread(fakes: FakePlaces, seed: int) -> tuple[Spread, list[FakeDevice]]
     """Return a module of known weights, and the two devices that parts of it are on."""
     torch.manual_seed(0)
     module = Spread()
-    devices = [FakeDevice(name=f"fake:{index}", choices=Choices(seed + index)) for index in range(2)]
-    fakes.add(devices[0], module.first)
-    fakes.add(devices[1], module.second)
-    return module, devices
+    return module, put_on_devices(fakes, seed, module.first, module.second)
+
+
+def put_on_devices(fakes: FakePlaces, seed: int, *parts: nn.Module) -> list[FakeDevice]:
+    """Put each part on a fake device of its own, and return these."""
+    devices = [FakeDevice(name=f"fake:{index}", choices=Choices(seed + index)) for index in range(len(parts))]
+    for device, part in zip(devices, parts, strict=True):
+        fakes.add(device, part)
+    return devices
 
 
 def make_spread_state(seed: int) -> dict[str, torch.Tensor]:
